@@ -1,0 +1,424 @@
+"""Plans, labels and geometry: frozen data types with JSON in and out.
+
+These types hold what nnU-Net writes to ``plans.json`` and ``dataset.json``, resolved and checked.
+No arrays, no JAX, no file formats beyond JSON dictionaries.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from panther_jax.architecture import ArchSpec, PlansError
+
+NORMALIZATION_BY_CHANNEL = {
+    "ct": "CTNormalization",
+    "nonorm": "NoNormalization",
+    "zscore": "ZScoreNormalization",
+    "rescale_to_0_1": "RescaleTo01Normalization",
+    "rgb_to_0_1": "RGBTo01Normalization",
+}
+
+
+# ------------------------------------------------------------------------------------ geometry
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """Physical space of a voxel grid: shape, spacing (z, y, x), origin (x, y, z), direction.
+
+    Lengths are in mm; ``direction`` is ITK's direction matrix, row by row.
+    """
+
+    shape_zyx: tuple[int, ...]
+    spacing_zyx: tuple[float, ...]
+    origin_xyz: tuple[float, ...]
+    direction: tuple[float, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """The geometry as a JSON-able dictionary."""
+        return {
+            "shape_zyx": list(self.shape_zyx),
+            "spacing_zyx": list(self.spacing_zyx),
+            "origin_xyz": list(self.origin_xyz),
+            "direction": list(self.direction),
+        }
+
+    @staticmethod
+    def from_json(value: Mapping[str, Any]) -> "Geometry":
+        """Inverse of :meth:`to_json`."""
+        return Geometry(
+            shape_zyx=tuple(int(n) for n in value["shape_zyx"]),
+            spacing_zyx=tuple(float(s) for s in value["spacing_zyx"]),
+            origin_xyz=tuple(float(o) for o in value["origin_xyz"]),
+            direction=tuple(float(d) for d in value["direction"]),
+        )
+
+
+# -------------------------------------------------------------------------------------- labels
+
+LabelValue = int | tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Labels:
+    """The label declaration of a ``dataset.json`` (spec 02 §6): names, ids, regions, ignore id."""
+
+    names: tuple[tuple[str, LabelValue], ...]
+    regions_class_order: tuple[int, ...] | None = None
+
+    def __post_init__(self) -> None:
+        values = dict(self.names)
+        if len(values) != len(self.names):
+            raise PlansError(f"labels: a name occurs twice in {[n for n, _ in self.names]}")
+        if values.get("background") != 0:
+            raise PlansError(
+                "labels: 'background': 0 is mandatory, found "
+                f"{values.get('background')!r}; declare it in dataset.json"
+            )
+        ignore = values.get("ignore")
+        if ignore is not None and ignore != max(self.ids) + 1:
+            raise PlansError(
+                f"labels: 'ignore' must be the highest label + 1 = {max(self.ids) + 1}, "
+                f"found {ignore!r}"
+            )
+        if self.has_regions:
+            order = self.regions_class_order
+            if order is None or len(order) != len(self.regions):
+                raise PlansError(
+                    f"labels: 'regions_class_order' must list one integer for each of the "
+                    f"{len(self.regions)} regions, found {order!r}"
+                )
+        elif self.ids != tuple(range(len(self.ids))):
+            raise PlansError(
+                f"labels: ids must be consecutive from 0, found {list(self.ids)}; "
+                "renumber the labels in dataset.json and the label files"
+            )
+
+    @property
+    def ids(self) -> tuple[int, ...]:
+        """All label ids except the ignore id, ascending, background included."""
+        found: set[int] = set()
+        for name, value in self.names:
+            if name != "ignore":
+                found.update(value if isinstance(value, tuple) else (value,))
+        return tuple(sorted(found))
+
+    @property
+    def foreground_ids(self) -> tuple[int, ...]:
+        """All label ids but background and ignore, ascending."""
+        return tuple(i for i in self.ids if i != 0)
+
+    @property
+    def ignore_id(self) -> int | None:
+        """The id whose voxels are left out of loss and metrics, or None."""
+        value = dict(self.names).get("ignore")
+        return None if value is None else int(value)  # type: ignore[arg-type]
+
+    @property
+    def has_regions(self) -> bool:
+        """True if any label is declared as several ids, which makes the task region-based."""
+        return any(isinstance(v, tuple) and len(v) > 1 for _, v in self.names)
+
+    @property
+    def regions(self) -> tuple[LabelValue, ...]:
+        """Regions in declaration order, without background and ignore; empty in label mode."""
+        if not self.has_regions:
+            return ()
+        return tuple(v for n, v in self.names if n != "ignore" and v not in (0, (0,)))
+
+    @property
+    def num_outputs(self) -> int:
+        """Network output channels: the regions, or all labels with background."""
+        return len(self.regions) if self.has_regions else len(self.ids)
+
+    @property
+    def classes(self) -> tuple[tuple[str, LabelValue], ...]:
+        """What is scored, by name: the regions, or the foreground labels in ascending order."""
+        if self.has_regions:
+            return tuple((n, v) for n, v in self.names if n != "ignore" and v not in (0, (0,)))
+        flat = ((n, v[0] if isinstance(v, tuple) else v) for n, v in self.names if n != "ignore")
+        return tuple(sorted(((n, v) for n, v in flat if v != 0), key=lambda item: item[1]))
+
+    @property
+    def allowed_values(self) -> tuple[int, ...]:
+        """Values that a label file may hold."""
+        ignore = self.ignore_id
+        return self.ids if ignore is None else (*self.ids, ignore)
+
+    @staticmethod
+    def from_dataset_json(dataset: Mapping[str, Any]) -> "Labels":
+        """Read ``labels`` and ``regions_class_order`` of a dataset.json dictionary.
+
+        Raises:
+            PlansError: if labels are missing, not integers, or not consistent.
+        """
+        labels = dataset.get("labels")
+        if not isinstance(labels, Mapping) or not labels:
+            raise PlansError(
+                "dataset.json: 'labels' must map names to integers, e.g. "
+                '{"background": 0, "tumor": 1}'
+            )
+        names = tuple((str(name), _label_value(str(name), value)) for name, value in labels.items())
+        order = dataset.get("regions_class_order")
+        return Labels(names, None if order is None else tuple(int(i) for i in order))
+
+    def to_dataset_json(self) -> dict[str, Any]:
+        """The ``labels`` (and ``regions_class_order``) entries of a dataset.json."""
+        entry: dict[str, Any] = {
+            "labels": {n: list(v) if isinstance(v, tuple) else v for n, v in self.names}
+        }
+        if self.regions_class_order is not None:
+            entry["regions_class_order"] = list(self.regions_class_order)
+        return entry
+
+
+def _label_value(name: str, value: Any) -> LabelValue:
+    items = value if isinstance(value, (list, tuple)) else [value]
+    if not items or any(isinstance(i, bool) or not isinstance(i, int) or i < 0 for i in items):
+        raise PlansError(
+            f"dataset.json: label {name!r} is {value!r}; expected a non-negative integer or a list "
+            "of them"
+        )
+    return tuple(items) if isinstance(value, (list, tuple)) else value
+
+
+# --------------------------------------------------------------------------------------- plans
+
+
+@dataclass(frozen=True)
+class Resampler:
+    """A resampling function of the plans: its name and keyword arguments (spec 02 §4.5-4.6)."""
+
+    name: Literal["resample_data_or_seg_to_shape", "resample_torch_fornnunet"]
+    kwargs: tuple[tuple[str, Any], ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.name not in ("resample_data_or_seg_to_shape", "resample_torch_fornnunet"):
+            raise PlansError(f"plans: resampling function {self.name!r} is not supported")
+
+    def get(self, key: str, default: Any = None) -> Any:
+        """One keyword argument."""
+        return dict(self.kwargs).get(key, default)
+
+
+@dataclass(frozen=True)
+class IntensityProperties:
+    """Foreground intensity statistics of one channel over the data set."""
+
+    mean: float
+    std: float
+    median: float
+    min: float
+    max: float
+    percentile_00_5: float
+    percentile_99_5: float
+
+
+@dataclass(frozen=True)
+class Plans:
+    """One configuration of nnU-Net plans, ``inherits_from`` resolved. Axes after ``transpose``."""
+
+    dataset_name: str
+    plans_name: str
+    configuration: str
+    spacing: tuple[float, ...]
+    patch_size: tuple[int, ...]
+    batch_size: int
+    batch_dice: bool
+    normalization: tuple[str, ...]
+    use_mask_for_norm: tuple[bool, ...]
+    resampling_image: Resampler
+    resampling_label: Resampler
+    resampling_logits: Resampler
+    arch: ArchSpec
+    transpose_forward: tuple[int, ...] = (0, 1, 2)
+    intensity: tuple[IntensityProperties, ...] = ()
+    data_identifier: str = ""
+
+    @property
+    def transpose_backward(self) -> tuple[int, ...]:
+        """Inverse of ``transpose_forward``."""
+        return tuple(self.transpose_forward.index(a) for a in range(len(self.transpose_forward)))
+
+    @staticmethod
+    def from_nnunet(
+        plans: Mapping[str, Any], dataset: Mapping[str, Any], configuration: str | None = None
+    ) -> "Plans":
+        """Read one configuration of a plans.json dictionary, with its dataset.json dictionary.
+
+        ``configuration`` may be left out if the plans hold exactly one.
+
+        Raises:
+            PlansError: naming the configuration or field that is missing or not supported.
+        """
+        names = list(plans.get("configurations") or {})
+        if configuration is None:
+            if len(names) != 1:
+                raise PlansError(f"plans: name one of the configurations {names}")
+            configuration = names[0]
+        assert configuration is not None
+        entry = resolve_configuration(plans, configuration)
+        channels = dataset.get("channel_names", dataset.get("modality"))
+        if not channels:
+            raise PlansError("dataset.json: 'channel_names' is missing")
+        labels = Labels.from_dataset_json(dataset)
+        try:
+            return Plans(
+                dataset_name=str(plans["dataset_name"]),
+                plans_name=str(plans["plans_name"]),
+                configuration=configuration,
+                spacing=tuple(float(s) for s in entry["spacing"]),
+                patch_size=tuple(int(p) for p in entry["patch_size"]),
+                batch_size=int(entry["batch_size"]),
+                batch_dice=bool(entry["batch_dice"]),
+                normalization=tuple(entry["normalization_schemes"]),
+                use_mask_for_norm=tuple(bool(m) for m in entry["use_mask_for_norm"]),
+                resampling_image=_resampler(entry, "data"),
+                resampling_label=_resampler(entry, "seg"),
+                resampling_logits=_resampler(entry, "probabilities"),
+                arch=ArchSpec.from_nnunet(
+                    entry["architecture"],
+                    in_channels=len(channels),
+                    num_outputs=labels.num_outputs,
+                ),
+                transpose_forward=tuple(int(a) for a in plans["transpose_forward"]),
+                intensity=_intensity(plans.get("foreground_intensity_properties_per_channel")),
+                data_identifier=str(entry.get("data_identifier", "")),
+            )
+        except KeyError as error:
+            raise PlansError(
+                f"plans: configuration {configuration!r} lacks {error.args[0]!r}"
+            ) from None
+
+    def to_nnunet(self) -> dict[str, Any]:
+        """A plans.json dictionary that holds this configuration alone."""
+        entry: dict[str, Any] = {
+            "data_identifier": self.data_identifier,
+            "preprocessor_name": "DefaultPreprocessor",
+            "batch_size": self.batch_size,
+            "patch_size": list(self.patch_size),
+            "spacing": list(self.spacing),
+            "normalization_schemes": list(self.normalization),
+            "use_mask_for_norm": list(self.use_mask_for_norm),
+            "architecture": self.arch.to_nnunet(),
+            "batch_dice": self.batch_dice,
+        }
+        for key, resampler in (
+            ("data", self.resampling_image),
+            ("seg", self.resampling_label),
+            ("probabilities", self.resampling_logits),
+        ):
+            entry[f"resampling_fn_{key}"] = resampler.name
+            entry[f"resampling_fn_{key}_kwargs"] = dict(resampler.kwargs)
+        return {
+            "dataset_name": self.dataset_name,
+            "plans_name": self.plans_name,
+            "image_reader_writer": "SimpleITKIO",
+            "transpose_forward": list(self.transpose_forward),
+            "transpose_backward": list(self.transpose_backward),
+            "configurations": {self.configuration: entry},
+            "experiment_planner_used": "panther_jax",
+            "label_manager": "LabelManager",
+            "foreground_intensity_properties_per_channel": {
+                str(i): vars(p) for i, p in enumerate(self.intensity)
+            },
+        }
+
+
+def resolve_configuration(plans: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """A configuration with ``inherits_from`` resolved: shallow, child over parent (spec 02 §3.10).
+
+    Raises:
+        PlansError: if the configuration is missing or inherits in a circle.
+    """
+    configurations = plans.get("configurations") or {}
+    chain: list[str] = []
+    current: str | None = name
+    while current is not None:
+        if current in chain:
+            raise PlansError(f"plans: configurations inherit in a circle: {[*chain, current]}")
+        if current not in configurations:
+            raise PlansError(
+                f"plans: configuration {current!r} not found; there are {sorted(configurations)}"
+            )
+        chain.append(current)
+        current = configurations[current].get("inherits_from")
+    resolved: dict[str, Any] = {}
+    for key in reversed(chain):
+        resolved.update(configurations[key])
+    return resolved
+
+
+def normalization_schemes(channel_names: Mapping[str, str]) -> tuple[str, ...]:
+    """nnU-Net's normalisation for each channel name (spec 02 §3.8), in channel order."""
+    ordered = [channel_names[k] for k in sorted(channel_names, key=int)]
+    return tuple(
+        NORMALIZATION_BY_CHANNEL.get(str(n).casefold(), "ZScoreNormalization") for n in ordered
+    )
+
+
+def _resampler(entry: Mapping[str, Any], kind: str) -> Resampler:
+    kwargs = entry.get(f"resampling_fn_{kind}_kwargs") or {}
+    return Resampler(entry[f"resampling_fn_{kind}"], tuple(sorted(kwargs.items())))
+
+
+def _intensity(properties: Mapping[str, Any] | None) -> tuple[IntensityProperties, ...]:
+    if not properties:
+        return ()
+    fields = IntensityProperties.__dataclass_fields__
+    return tuple(
+        IntensityProperties(**{f: float(properties[k][f]) for f in fields})
+        for k in sorted(properties, key=int)
+    )
+
+
+# ---------------------------------------------------------------------------------- properties
+
+
+@dataclass(frozen=True)
+class Properties:
+    """How a case came from its raw grid: what the inverse of preprocessing needs.
+
+    ``geometry`` is that of the raw image; crop box and shapes are after ``transpose_forward``;
+    ``crop_box`` holds half-open ``(low, high)`` pairs, an axis.
+    """
+
+    geometry: Geometry
+    shape_before_crop: tuple[int, ...]
+    crop_box: tuple[tuple[int, int], ...]
+    shape_before_resampling: tuple[int, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """The properties as a JSON-able dictionary."""
+        return {
+            "geometry": self.geometry.to_json(),
+            "shape_before_crop": list(self.shape_before_crop),
+            "crop_box": [list(pair) for pair in self.crop_box],
+            "shape_before_resampling": list(self.shape_before_resampling),
+        }
+
+    @staticmethod
+    def from_json(value: Mapping[str, Any]) -> "Properties":
+        """Inverse of :meth:`to_json`."""
+        return Properties(
+            geometry=Geometry.from_json(value["geometry"]),
+            shape_before_crop=tuple(int(n) for n in value["shape_before_crop"]),
+            crop_box=tuple((int(low), int(high)) for low, high in value["crop_box"]),
+            shape_before_resampling=tuple(int(n) for n in value["shape_before_resampling"]),
+        )
+
+
+def read_json(path: Path) -> Any:
+    """Parse a JSON file.
+
+    Raises:
+        FileNotFoundError, PlansError: naming the file.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist")
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise PlansError(f"{path} is not valid JSON: {error}") from None

@@ -1,0 +1,37 @@
+"""Test set-up: CPU, eight virtual devices, highest matmul precision; where the golden cases are."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("MPLBACKEND", "Agg")
+_FLAG = "--xla_force_host_platform_device_count=8"
+if _FLAG not in os.environ.get("XLA_FLAGS", ""):
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_FLAG}".strip()
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def _folder(variable: str, default: Path) -> Path:
+    folder = Path(os.environ.get(variable, default))
+    return folder if folder.is_absolute() else (ROOT / folder)
+
+
+@pytest.fixture(scope="session")
+def golden() -> Path:
+    """The folder of reference cases, named by PANTHER_JAX_GOLDEN."""
+    folder = _folder("PANTHER_JAX_GOLDEN", ROOT.parent / "shared" / "golden")
+    if not folder.is_dir():
+        pytest.skip(f"no golden cases at {folder} (set PANTHER_JAX_GOLDEN)")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def sample_data() -> Path:
+    """The folder of real sample scans, named by PANTHER_JAX_DATA."""
+    folder = _folder("PANTHER_JAX_DATA", ROOT.parent / "shared" / "data")
+    if not folder.is_dir():
+        pytest.skip(f"no sample scans at {folder} (set PANTHER_JAX_DATA)")
+    return folder

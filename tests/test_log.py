@@ -1,0 +1,94 @@
+"""Metrics that survive a crash, durations, tables, time left, the picture."""
+
+import json
+import math
+
+import numpy as np
+
+from panther_jax import log
+
+
+def row(step, **entries):
+    return {"step": step, **entries}
+
+
+def test_metrics_are_appended_and_cut_back_on_resume(tmp_path):
+    path = tmp_path / "fold_0" / "metrics.jsonl"
+    metrics = log.MetricsFile(path)
+    for step in (3, 6, 9):
+        metrics.append(row(step, loss=float(step), dice={"tumor": math.nan}))
+    with path.open("a") as file:
+        file.write('{"step": 12, "lo')  # the process was killed while it wrote
+    assert [r["step"] for r in log.read_metrics(path)] == [3, 6, 9]
+    assert log.read_metrics(path)[0]["dice"] == {"tumor": None}
+    resumed = log.MetricsFile(path, resume_step=6)
+    resumed.append(row(9))
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [line["step"] for line in lines] == [3, 6, 9]
+    assert "loss" not in lines[2]
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
+    path = tmp_path / "run.json"
+    log.write_json(path, {"a": 1})
+
+    def full(*_args, **_kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(log.os, "replace", full)
+    try:
+        log.write_json(path, {"a": 2})
+    except OSError:
+        pass
+    assert json.loads(path.read_text()) == {"a": 1}
+    assert [p.name for p in tmp_path.iterdir()] == ["run.json"]
+
+
+def test_durations_and_tables():
+    assert log.duration(59.6) == "1:00"
+    assert log.duration(3 * 3600 + 62) == "3:01:02"
+    text = log.table(["Dice", "tumor"], [["case_1", "0.5"], ["a", "-"]])
+    assert text.splitlines() == ["Dice    tumor", "------  -----", "case_1    0.5", "a           -"]
+
+
+def test_time_left_counts_steps_and_not_pauses(monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr(log.time, "monotonic", lambda: now[0])
+    progress = log.Progress(10, first=2, label="step")
+    now[0] += 6.0
+    progress.update(4)
+    assert progress.left == 18.0  # 2 steps took 6 s, 6 are left
+    clock = log.Clock(progress)
+    with clock.paused():
+        now[0] += 50.0
+    assert progress.left == 18.0
+    with clock.waiting():
+        now[0] += 2.0
+    now[0] += 2.0
+    assert clock.end_epoch() == {"seconds": 54.0, "wait_share": round(2 / 54, 4)}
+    assert clock.since_save() == 54.0
+
+
+def test_progress_picture_shows_the_curves(tmp_path):
+    rows = [
+        {
+            "epoch": e,
+            "train_loss": 1.0 - e / 10,
+            "validation_loss": None,
+            "mean_pseudo_dice": e / 10,
+            "ema": e / 12,
+            "pseudo_dice": {"tumor": None, "pancreas": 0.5},
+            "seconds": 3.0,
+            "lr": 0.01,
+        }
+        for e in range(4)
+    ]
+    log.plot_progress(rows, tmp_path / "progress.png")
+    from matplotlib import pyplot as plt
+
+    pixels = plt.imread(tmp_path / "progress.png")
+    assert pixels.shape[0] > 500 and pixels.shape[1] > 500
+    blue = (pixels[..., 2] > 0.9) & (pixels[..., 0] < 0.1) & (pixels[..., 1] < 0.1)
+    green = (pixels[..., 1] > 0.4) & (pixels[..., 0] < 0.1) & (pixels[..., 2] < 0.1)
+    assert np.count_nonzero(blue) > 100 and np.count_nonzero(green) > 100
+    assert [p.name for p in tmp_path.iterdir()] == ["progress.png"]
