@@ -1,0 +1,527 @@
+"""The preprocessed store: plain ``.npy`` files with a JSON a case, and its cross-validation splits.
+
+Layout (00 §0.5), per case ``<case>.image.npy`` (C,Z,Y,X) float32, ``<case>.label.npy`` (Z,Y,X),
+``<case>.locations.npz``, ``<case>.json``; ``references/<case><ending>`` are the raw label maps. A
+case exists when its JSON does: files are written to temporary names and renamed, the JSON last.
+"""
+
+import errno
+import json
+import logging
+import os
+import shutil
+import time
+import uuid
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any, Literal
+
+import numpy as np
+from jaxtyping import Float32, Integer
+
+from panther_jax.plans import Labels, LabelValue, Plans, Properties, read_json
+
+FORMAT_VERSION = 1
+PLANS, DATASET, SPLITS = "plans.json", "dataset.json", "splits_final.json"
+FINGERPRINT = "dataset_fingerprint.json"
+REFERENCES = "references"
+TEMPORARY = ".tmp"
+STALE_SECONDS = 3600.0
+NUM_FOLDS = 5
+SPLIT_SEED = 12345
+RESERVED = (PLANS, DATASET, SPLITS, FINGERPRINT)
+
+logger = logging.getLogger("panther_jax")
+
+Split = tuple[tuple[str, ...], tuple[str, ...]]
+"""Training and validation case ids."""
+
+
+class StoreError(ValueError):
+    """A store, a stored case or a split file that cannot be used; the message names the file."""
+
+
+class StoreWriteError(OSError):
+    """The store cannot be written, for instance because the disk is full."""
+
+
+@dataclass(frozen=True)
+class StoredCase:
+    """A preprocessed case. ``label`` holds -1 outside the nonzero mask.
+
+    ``locations`` has an entry a requested class or region, in the order of spec 02 §4.7: sampled
+    voxel coordinates z, y, x in this grid, (n, 3), empty where the class is absent.
+    """
+
+    id: str
+    image: Float32[np.ndarray, "channel z y x"]
+    label: Integer[np.ndarray, "z y x"]
+    locations: tuple[tuple[LabelValue, Integer[np.ndarray, "_ 3"]], ...]
+    properties: Properties
+
+
+@dataclass(frozen=True)
+class Store:
+    """An opened store; ``case_ids`` are sorted."""
+
+    folder: Path
+    plans: Plans
+    labels: Labels
+    dataset: dict[str, Any]
+    case_ids: tuple[str, ...]
+
+    def reference(self, case_id: str) -> Path:
+        """The raw label map of a case, which validation compares with."""
+        return self.folder / REFERENCES / f"{case_id}{self.dataset['file_ending']}"
+
+
+# ------------------------------------------------------------------------------------- reading
+
+
+def open_store(folder: Path) -> Store:
+    """Read the store's plans, dataset.json and list of cases; no arrays.
+
+    Raises:
+        FileNotFoundError: if the folder or one of its JSON files is missing.
+        StoreError: if it holds no case.
+    """
+    folder = Path(folder)
+    if not (folder / PLANS).is_file():
+        raise FileNotFoundError(
+            f"{folder} is not a store: it has no {PLANS}\n"
+            "  Make it with: python -m panther_jax.preprocess --raw RAW --out STORE --config FILE"
+        )
+    dataset = read_json(folder / DATASET)
+    case_ids = stored_ids(folder)
+    if not case_ids:
+        raise StoreError(f"{folder} holds no complete case; run panther_jax.preprocess again")
+    return Store(
+        folder=folder,
+        plans=Plans.from_nnunet(read_json(folder / PLANS), dataset),
+        labels=Labels.from_dataset_json(dataset),
+        dataset=dataset,
+        case_ids=case_ids,
+    )
+
+
+def stored_ids(folder: Path) -> tuple[str, ...]:
+    """Ids of the cases that have a JSON, sorted."""
+    names = (p.name for p in folder.glob("*.json"))
+    return tuple(sorted(n.removesuffix(".json") for n in names if n not in RESERVED))
+
+
+def read_stored(store: Store, case_id: str, *, resident: bool) -> StoredCase:
+    """Read one case: into memory if ``resident``, else memory-mapped, read-only.
+
+    Raises:
+        StoreError: if a file is missing, truncated, or not the array that the case's JSON names.
+    """
+    entry = _read_entry(store.folder, case_id)
+    arrays = {}
+    for name in ("image", "label"):
+        path = _array_path(store.folder, case_id, name)
+        arrays[name] = np.load(path, mmap_mode=None if resident else "r", allow_pickle=False)
+    with np.load(_locations_path(store.folder, case_id), allow_pickle=False) as stored:
+        locations = tuple(
+            (_key(key), stored[str(i)]) for i, key in enumerate(entry["location_keys"])
+        )
+    properties = Properties.from_json(entry["properties"])
+    return StoredCase(case_id, arrays["image"], arrays["label"], locations, properties)
+
+
+def voxel_counts(store: Store, case_id: str) -> dict[int, int]:
+    """Voxels of each value in a stored label map, without reading it."""
+    counts = _read_entry(store.folder, case_id)["voxel_counts"]
+    return {int(value): int(count) for value, count in counts.items()}
+
+
+def is_complete(folder: Path, case_id: str) -> bool:
+    """Tell whether a case's JSON is there and its files are what it says."""
+    try:
+        _read_entry(folder, case_id)
+    except (StoreError, FileNotFoundError):
+        return False
+    return True
+
+
+def _key(key: Any) -> LabelValue:
+    return tuple(key) if isinstance(key, list) else key
+
+
+def _array_path(folder: Path, case_id: str, name: str) -> Path:
+    return folder / f"{case_id}.{name}.npy"
+
+
+def _locations_path(folder: Path, case_id: str) -> Path:
+    return folder / f"{case_id}.locations.npz"
+
+
+def _read_entry(folder: Path, case_id: str) -> dict[str, Any]:
+    path = folder / f"{case_id}.json"
+    if not path.is_file():
+        raise StoreError(
+            f"case {case_id!r} is not in the store {folder}; run panther_jax.preprocess again"
+        )
+    try:
+        entry = read_json(path)
+        if entry["version"] != FORMAT_VERSION:
+            raise ValueError(f"format version {entry['version']}, expected {FORMAT_VERSION}")
+        files = dict(entry["files"])
+        expected = {name: (files[name], entry["arrays"].get(name)) for name in files}
+        if not {"image", "label", "locations"} <= set(expected):
+            raise KeyError("files")
+        Properties.from_json(entry["properties"])
+        _ = entry["location_keys"], entry["voxel_counts"]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise StoreError(
+            f"{path} cannot be used: {type(error).__name__}: {error}\n"
+            "  Delete it and run panther_jax.preprocess again; it redoes this case only."
+        ) from None
+    for file, array in expected.values():
+        _check_file(folder / file["name"], int(file["bytes"]), array)
+    return entry
+
+
+def _check_file(path: Path, num_bytes: int, array: Mapping[str, Any] | None) -> None:
+    found = path.stat().st_size if path.is_file() else None
+    if found != num_bytes:
+        state = "is missing" if found is None else f"has {found} bytes"
+        raise StoreError(
+            f"{path} {state}, expected {num_bytes} bytes: truncated, changed or deleted.\n"
+            "  Run panther_jax.preprocess again with the same options; it redoes this case only."
+        )
+    if array is None:
+        return
+    try:
+        header = np.load(path, mmap_mode="r", allow_pickle=False)
+    except ValueError as error:
+        raise StoreError(f"{path} is not an .npy file: {error}") from None
+    if list(header.shape) != list(array["shape"]) or str(header.dtype) != array["dtype"]:
+        raise StoreError(
+            f"{path} holds {header.dtype} {header.shape}, expected {array['dtype']} "
+            f"{tuple(array['shape'])}; run panther_jax.preprocess again"
+        )
+
+
+# ------------------------------------------------------------------------------------- writing
+
+
+def write_stored(
+    folder: Path, case: StoredCase, *, reference: Path | None = None, file_ending: str = ""
+) -> None:
+    """Write a case, with a copy of its raw label map ``reference``; all of it or nothing.
+
+    Raises:
+        StoreWriteError: if the disk is full or a file cannot be written.
+        StoreError: if the case is named like one of the store's own files.
+    """
+    if f"{case.id}.json" in RESERVED:
+        raise StoreError(f"case {case.id!r}: a case cannot be named so in a store; rename it")
+    keyed = {str(i): coordinates for i, (_, coordinates) in enumerate(case.locations)}
+    paths: dict[str, tuple[Path, Callable[[IO[bytes]], Any]]] = {
+        "image": (
+            _array_path(folder, case.id, "image"),
+            lambda file: _write_array(file, case.image),
+        ),
+        "label": (
+            _array_path(folder, case.id, "label"),
+            lambda file: _write_array(file, case.label),
+        ),
+        "locations": (
+            _locations_path(folder, case.id),
+            lambda file: np.savez(file, **keyed),  # type: ignore[arg-type]
+        ),
+    }
+    if reference is not None:
+        target = folder / REFERENCES / f"{case.id}{file_ending}"
+        paths["reference"] = (target, lambda file: _copy(reference, file))
+    json_path = folder / f"{case.id}.json"
+    with _Renaming() as files:
+        for path, write in paths.values():
+            files.write(path, write)
+        sizes = {n: (p.relative_to(folder), files.size(p)) for n, (p, _) in paths.items()}
+        entry = _entry(case, sizes)
+        files.write(json_path, lambda file: file.write(_json_bytes(entry)))
+        # never an old JSON beside new arrays
+        json_path.unlink(missing_ok=True)
+
+
+def _entry(case: StoredCase, files: Mapping[str, tuple[Path, int]]) -> dict[str, Any]:
+    values, counts = np.unique(case.label, return_counts=True)
+    return {
+        "version": FORMAT_VERSION,
+        "case": case.id,
+        "properties": case.properties.to_json(),
+        "files": {n: {"name": p.as_posix(), "bytes": size} for n, (p, size) in files.items()},
+        "arrays": {
+            name: {"shape": list(array.shape), "dtype": str(array.dtype)}
+            for name, array in (("image", case.image), ("label", case.label))
+        },
+        "location_keys": [list(k) if isinstance(k, tuple) else k for k, _ in case.locations],
+        "voxel_counts": {str(int(v)): int(n) for v, n in zip(values, counts, strict=True)},
+    }
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a JSON file to a temporary name and rename it.
+
+    Raises:
+        StoreWriteError: if the disk is full or the file cannot be written.
+    """
+    with _Renaming() as files:
+        files.write(path, lambda file: file.write(_json_bytes(value)))
+
+
+def _json_bytes(value: Any) -> bytes:
+    return (json.dumps(value, indent=2) + "\n").encode()
+
+
+def _write_array(file: IO[bytes], array: np.ndarray) -> None:
+    # not numpy.save: it loses the error number with which a full disk is told from other failures
+    array = np.ascontiguousarray(array)
+    np.lib.format.write_array_header_1_0(file, np.lib.format.header_data_from_array_1_0(array))
+    file.write(array.data)
+
+
+def _copy(source: Path, file: IO[bytes]) -> None:
+    with source.open("rb") as opened:
+        shutil.copyfileobj(opened, file)
+
+
+class _Renaming:
+    """Files written under temporary names that get their own only when all are complete."""
+
+    def __init__(self) -> None:
+        self._written: list[tuple[Path, Path]] = []
+
+    def write(self, path: Path, write: Callable[[IO[bytes]], Any]) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}{TEMPORARY}")
+        self._written.append((temporary, path))
+        with temporary.open("wb") as file:
+            write(file)
+
+    def size(self, path: Path) -> int:
+        return next(t for t, p in self._written if p == path).stat().st_size
+
+    def __enter__(self) -> "_Renaming":
+        return self
+
+    def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
+        try:
+            if error is None:
+                for temporary, path in self._written:
+                    os.replace(temporary, path)
+        except OSError as failure:
+            raise _write_error(failure, self._written[0][1]) from failure
+        finally:
+            for temporary, _ in self._written:
+                temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError) and not isinstance(error, StoreWriteError):
+            raise _write_error(error, self._written[-1][1]) from error
+
+
+def _write_error(error: OSError, path: Path) -> StoreWriteError:
+    free = shutil.disk_usage(path.parent).free / 2**20 if path.parent.is_dir() else 0.0
+    reason = error.strerror or str(error)
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        reason = "the disk is full"
+    return StoreWriteError(
+        error.errno or errno.EIO,
+        f"cannot write {path}: {reason} ({free:.0f} MiB free). Nothing half-written is left; free "
+        "some space, or choose another folder, and run the same command again: it continues.",
+    )
+
+
+# ---------------------------------------------------------------------------- the store's header
+
+
+def prepare_store(
+    folder: Path,
+    plans: Plans,
+    dataset: Mapping[str, Any],
+    *,
+    fingerprint: Mapping[str, Any] | None = None,
+) -> None:
+    """Make the folder with its plans and dataset.json; clear what a killed run left behind.
+
+    What does not change the stored arrays (patch, batch, network) may differ from an existing
+    store's plans, and is brought up to date.
+
+    Raises:
+        StoreError: naming the fields in which an existing store was made from other plans.
+        StoreWriteError: if the folder cannot be written.
+    """
+    if (folder / PLANS).is_file() and (folder / DATASET).is_file():
+        old_dataset = read_json(folder / DATASET)
+        old = Plans.from_nnunet(read_json(folder / PLANS), old_dataset)
+        problems = _changes(_recipe(old, old_dataset), _recipe(plans, dataset))
+        if problems:
+            listed = "\n".join(f"  {p}" for p in problems)
+            raise StoreError(
+                f"store {folder} was made from other plans (stored -> wanted):\n{listed}\n"
+                "  Use another --out, or delete the store to make it anew."
+            )
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise StoreWriteError(error.errno, f"cannot make {folder}: {error.strerror}") from error
+    _remove_stale(folder)
+    headers = ((PLANS, plans.to_nnunet()), (DATASET, dict(dataset)), (FINGERPRINT, fingerprint))
+    for name, value in headers:
+        # JSON has no tuples: compare what would be written
+        current = read_json(folder / name) if (folder / name).is_file() else None
+        if value is not None and json.loads(_json_bytes(value)) != current:
+            write_json(folder / name, value)
+
+
+def _recipe(plans: Plans, dataset: Mapping[str, Any]) -> dict[str, Any]:
+    """Everything that the stored arrays depend on, as JSON values."""
+    ct = "CTNormalization" in plans.normalization
+    recipe = {
+        "spacing": plans.spacing,
+        "normalization_schemes": plans.normalization,
+        "use_mask_for_norm": plans.use_mask_for_norm,
+        "resampling_fn_data": _resampling(plans.resampling_image),
+        "resampling_fn_seg": _resampling(plans.resampling_label),
+        "transpose_forward": plans.transpose_forward,
+        "intensity": [vars(p) for p in plans.intensity] if ct else [],
+        "labels": Labels.from_dataset_json(dataset).to_dataset_json(),
+        "channel_names": dataset.get("channel_names", dataset.get("modality")),
+    }
+    return json.loads(json.dumps(recipe))
+
+
+def _resampling(resampler: Any) -> dict[str, Any]:
+    speed_only = ("num_threads", "device")
+    kwargs = {k: v for k, v in resampler.kwargs if k not in speed_only}
+    return {"name": resampler.name, **kwargs}
+
+
+def _changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    return [f"{key}: {old[key]!r} -> {new[key]!r}" for key in old if old[key] != new[key]]
+
+
+def _remove_stale(folder: Path) -> None:
+    """Delete temporary files of a killed run; young ones may belong to a run still going on."""
+    for path in [*folder.glob(f".*{TEMPORARY}"), *folder.glob(f"{REFERENCES}/.*{TEMPORARY}")]:
+        try:
+            if time.time() - path.stat().st_mtime > STALE_SECONDS:
+                path.unlink()
+        except FileNotFoundError:
+            continue
+
+
+# -------------------------------------------------------------------------------------- splits
+
+
+def make_splits(case_ids: Sequence[str], num_folds: int = NUM_FOLDS) -> tuple[Split, ...]:
+    """Split sorted ids as nnU-Net does: shuffled with its seed, folds listed in order (spec 02 §5).
+
+    Raises:
+        StoreError: if there are fewer cases than folds.
+    """
+    ids = sorted(case_ids)
+    if len(ids) < num_folds:
+        raise StoreError(
+            f"{len(ids)} cases cannot be split into {num_folds} folds; train with --fold all, or "
+            f"put a {SPLITS} into the raw dataset folder"
+        )
+    shuffled = np.arange(len(ids))
+    np.random.RandomState(SPLIT_SEED).shuffle(shuffled)
+    splits = []
+    for part in np.array_split(shuffled, num_folds):
+        held_out = set(part.tolist())
+        train = tuple(name for i, name in enumerate(ids) if i not in held_out)
+        splits.append((train, tuple(ids[i] for i in sorted(held_out))))
+    return tuple(splits)
+
+
+def read_splits(path: Path) -> tuple[Split, ...]:
+    """Read a ``splits_final.json``: a list of ``{"train": [...], "val": [...]}``.
+
+    Raises:
+        StoreError: if it has another form.
+    """
+    value = read_json(path)
+    valid = isinstance(value, list) and value
+    for entry in value if valid else []:
+        lists = [entry.get(k) for k in ("train", "val")] if isinstance(entry, Mapping) else [None]
+        valid = valid and all(
+            isinstance(ids, list) and all(isinstance(i, str) for i in ids) for ids in lists
+        )
+    if not valid:
+        raise StoreError(f'{path}: expected a list of {{"train": [ids], "val": [ids]}}, one a fold')
+    return tuple((tuple(entry["train"]), tuple(entry["val"])) for entry in value)
+
+
+def write_splits(raw_folder: Path, folder: Path, case_ids: Sequence[str]) -> None:
+    """Copy the raw dataset's splits into the store; make five folds where it has none.
+
+    Fewer cases than folds leave the store without splits; training then needs the fold ``all``.
+
+    Raises:
+        StoreError: if the store has splits that differ from the raw dataset's.
+    """
+    given, target = raw_folder / SPLITS, folder / SPLITS
+    if given.is_file():
+        splits = read_splits(given)
+        if target.is_file():
+            _check_same_splits(splits, read_splits(target), given, target)
+            return
+    elif target.is_file() or len(case_ids) < NUM_FOLDS:
+        return
+    else:
+        splits = make_splits(case_ids)
+    write_json(target, [{"train": list(train), "val": list(val)} for train, val in splits])
+
+
+def _check_same_splits(
+    given: Sequence[Split], stored: Sequence[Split], path: Path, target: Path
+) -> None:
+    for fold, ids in enumerate(given):  # spec 02 §5: every fold must match, as sets
+        same = fold < len(stored) and all(
+            set(a) == set(b) for a, b in zip(ids, stored[fold], strict=True)
+        )
+        if not same:
+            raise StoreError(
+                f"{target} differs from {path} in fold {fold}; delete the one that is wrong"
+            )
+
+
+def fold_cases(store: Store, fold: int | Literal["all"]) -> Split:
+    """Give the training and validation case ids of a fold (spec 02 §5).
+
+    ``all`` trains and validates on every case; a fold beyond the split file draws 80 % at random.
+
+    Raises:
+        StoreError: if the fold is negative, there are too few cases, or a case is not stored.
+    """
+    if fold == "all":
+        return store.case_ids, store.case_ids
+    if fold < 0:
+        raise StoreError(f"fold must be 'all' or at least 0, found {fold}")
+    path = store.folder / SPLITS
+    splits = read_splits(path) if path.is_file() else make_splits(store.case_ids)
+    if fold >= len(splits):
+        logger.info("fold %d is not in %s: drawing 80 %% of the cases", fold, path)
+        return _random_split(store.case_ids, fold)
+    train, val = splits[fold]
+    missing = sorted({*train, *val} - set(store.case_ids))
+    if missing:
+        raise StoreError(
+            f"{path}: {len(missing)} case(s) of fold {fold} are not in the store: "
+            f"{', '.join(missing[:20])}\n  Run panther_jax.preprocess again, or correct the split."
+        )
+    overlap = sorted(set(train) & set(val))
+    if overlap:
+        logger.warning("fold %d: %d cases both train and validate: %s", fold, len(overlap), overlap)
+    return train, val
+
+
+def _random_split(case_ids: tuple[str, ...], fold: int) -> Split:
+    random = np.random.RandomState(SPLIT_SEED + fold)
+    drawn = random.choice(len(case_ids), int(len(case_ids) * 0.8), replace=False).tolist()
+    rest = tuple(name for i, name in enumerate(case_ids) if i not in set(drawn))
+    return tuple(case_ids[i] for i in drawn), rest
