@@ -1,0 +1,163 @@
+"""One training step and one validation step: pure functions, and what they are made of.
+
+All randomness of a step is a function of (seed, fold, stream, step, position in the batch).
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import optax
+from jaxtyping import Array, Key
+
+from panther_jax import losses, model, optim
+from panther_jax.augment import policies, targets
+from panther_jax.checkpoint import TrainState
+from panther_jax.config import ConfigError, TrainConfig
+from panther_jax.plans import Labels
+from panther_jax.store import Store
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Batch:
+    """Patches on the device: ``image`` (B, *patch, C) float32, ``label`` (B, *patch, 1)."""
+
+    image: Any
+    label: Any
+
+
+@dataclass(frozen=True)
+class Task:
+    """What the steps of a run have in common: network, loss, optimiser, augmentation."""
+
+    net: model.Net
+    labels: Labels
+    loss_fn: Callable[[tuple[Array, ...], tuple[Array, ...]], Array]
+    augment: Callable[..., tuple[Array, Array]]
+    optimizer: optax.GradientTransformation
+    clip_norm: float
+    deep_supervision: bool
+
+    def targets(self, label: Array) -> tuple[Array, ...]:
+        """Targets of every supervised output, highest resolution first; -1 must be gone."""
+        if self.labels.has_regions:
+            label = targets.to_regions(label, self.labels)
+        strides = self.net.arch.output_strides
+        return targets.deep_supervision_targets(
+            label, strides if self.deep_supervision else strides[:1]
+        )
+
+    def outputs(self, params: model.Params, image: Array) -> tuple[Array, ...]:
+        """Logits of every supervised output, highest resolution first."""
+        return model.apply(self.net, params, image, full_only=not self.deep_supervision)
+
+
+def make_train_step(
+    task: Task,
+) -> Callable[[TrainState, Batch, Key[Array, ""]], tuple[TrainState, dict[str, Array]]]:
+    """Make the update: augment, predict, loss, clip, optimise. Pure; jit it, donating the state."""
+
+    def train_step(
+        state: TrainState, batch: Batch, seed_key: Key[Array, ""]
+    ) -> tuple[TrainState, dict[str, Array]]:
+        key = jax.random.fold_in(seed_key, state.step)
+        image, label = task.augment(key, batch.image, batch.label)
+        wanted = task.targets(label)
+
+        def objective(params: model.Params) -> Array:
+            return task.loss_fn(task.outputs(params, image), wanted)
+
+        loss, grads = jax.value_and_grad(objective)(state.params)
+        grads, norm = optim.clip_by_global_norm(grads, task.clip_norm)
+        updates, opt_state = task.optimizer.update(grads, state.opt_state, state.params)
+        params: Any = optax.apply_updates(state.params, updates)
+        return TrainState(state.step + 1, params, opt_state), {"loss": loss, "grad_norm": norm}
+
+    return train_step
+
+
+def make_validation_step(
+    task: Task,
+) -> Callable[[model.Params, Batch], tuple[Array, tuple[Array, Array, Array]]]:
+    """Make the online validation: loss and voxel counts of a batch (spec 03 §5.1)."""
+
+    def validation_step(
+        params: model.Params, batch: Batch
+    ) -> tuple[Array, tuple[Array, Array, Array]]:
+        wanted = task.targets(targets.remove_outside(batch.label))
+        outputs = task.outputs(params, batch.image)
+        return (
+            task.loss_fn(outputs, wanted),
+            losses.pseudo_dice_counts(outputs[0], wanted[0], task.labels),
+        )
+
+    return validation_step
+
+
+def make_task(
+    config: TrainConfig, store: Store, execution: model.Execution, mesh: jax.sharding.Mesh
+) -> Task:
+    """Put a run's network, loss, optimiser and augmentation together."""
+    plans = store.plans
+    if plans.arch.dropout_rate:
+        raise ConfigError("the plans ask for dropout, which training does not support; remove it")
+    plans.arch.check_patch(plans.patch_size)
+    batch_dice = plans.batch_dice if config.loss.batch_dice is None else config.loss.batch_dice
+    one_output = losses.make_loss(config.loss, store.labels, batch_dice=batch_dice)
+    if config.loss.deep_supervision:
+        loss_fn = losses.deep_supervised(
+            one_output, losses.deep_supervision_weights(plans.arch.num_stages - 1)
+        )
+    else:
+        loss_fn = losses.deep_supervised(one_output, (1.0,))
+    schedule = optim.make_schedule(config.optim, config.loop.epochs, config.loop.steps_per_epoch)
+    masked = tuple(c for c, used in enumerate(plans.use_mask_for_norm) if used)
+    return Task(
+        net=model.build(plans.arch, execution),
+        labels=store.labels,
+        loss_fn=loss_fn,
+        augment=_shared_out(
+            policies.make_batch_augment(
+                config.augment.policy,
+                patch_size=plans.patch_size,
+                mask_channels=masked,
+                label_ids=store.labels.allowed_values,
+            ),
+            mesh,
+        ),
+        optimizer=optim.make_optimizer(config.optim, schedule),
+        clip_norm=config.optim.clip_norm,
+        deep_supervision=config.loss.deep_supervision,
+    )
+
+
+def _shared_out(augment_batch: Callable[..., Any], mesh: jax.sharding.Mesh) -> Callable[..., Any]:
+    """Augment each device's samples on it; a sample's key is of its place in the global batch."""
+
+    def local(key: Array, image: Array, label: Array) -> tuple[Array, Array]:
+        offset = jax.lax.axis_index("data") * image.shape[0]
+        return augment_batch(key, image, label, offset)
+
+    in_batch = jax.P("data")
+    return jax.shard_map(
+        local, mesh=mesh, in_specs=(jax.P(), in_batch, in_batch), out_specs=(in_batch, in_batch)
+    )
+
+
+def seed_key(seed: int, fold: int, stream: int) -> Key[Array, ""]:
+    """The key of a stream of a fold (spec 07 §7.6)."""
+    return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), fold), stream)
+
+
+def data_mesh(batch_size: int) -> jax.sharding.Mesh:
+    """The devices as a mesh ``(data, space)``: as many along ``data`` as divide the batch."""
+    count = jax.device_count()
+    along = max(n for n in range(1, count + 1) if batch_size % n == 0)
+    return jax.make_mesh(
+        (along, 1),
+        ("data", "space"),
+        axis_types=(jax.sharding.AxisType.Auto,) * 2,
+        devices=jax.devices()[:along],
+    )

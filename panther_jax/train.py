@@ -1,0 +1,344 @@
+"""Train one stage, one fold: ``python -m panther_jax.train --config mri_t2.py``.
+
+Read from top to bottom: the step, the loop around it, what is prepared before, the command line.
+A run resumes by itself; all randomness is a function of (seed, fold, stream, step, position).
+"""
+
+import dataclasses
+import functools
+import logging
+import math
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Key
+
+from panther_jax import batches, losses, model, optim, runs, steps
+from panther_jax.augment import policies
+from panther_jax.checkpoint import (
+    Checkpoints,
+    Counters,
+    TrainState,
+    load_bundle,
+    transfer,
+)
+from panther_jax.config import TrainConfig
+from panther_jax.log import (
+    Clock,
+    MetricsFile,
+    Progress,
+    announced,
+    duration,
+    plot_progress,
+    read_metrics,
+)
+from panther_jax.store import Store, fold_cases
+from panther_jax.validation import validate_checkpoints
+
+LOGGER = logging.getLogger("panther_jax")
+WAIT_SHARE_HINT = 0.10
+Fold = int | Literal["all"]
+
+
+class TrainingError(RuntimeError):
+    """Training cannot go on; the message says from where."""
+
+
+# ----------------------------------------------------------------------------------- the loop
+
+
+@dataclass(frozen=True)
+class Loop:
+    """Everything the loop works with besides the state."""
+
+    config: TrainConfig
+    task: steps.Task
+    folder: Path
+    checkpoints: Checkpoints
+    metrics: MetricsFile
+    stop: runs.StopRequest
+    train_step: Callable[..., Any]
+    validation_step: Callable[..., Any]
+    to_device: Callable[[Mapping[str, np.ndarray]], steps.Batch]
+    streams: batches.Streams
+    key: Key[Array, ""]
+
+
+def run_loop(loop: Loop, state: TrainState, counters: Counters) -> tuple[TrainState, Counters]:
+    """Train from ``counters.step`` to the end; saves as it goes.
+
+    Raises:
+        TrainingError: if loss or gradients stop being finite; nothing of that is saved.
+        runs.Interrupted: after a signal, with the state saved.
+    """
+    plan, first = loop.config.loop, counters.step
+    clock = Clock(Progress(plan.total_steps, first=first, label="step"))
+    stream, validation = loop.streams.train(first), loop.streams.validation(first)
+    pending: list[Mapping[str, Array]] = []
+    with jax.transfer_guard("disallow"):
+        for done in range(first + 1, plan.total_steps + 1):
+            with clock.waiting():
+                batch = loop.to_device(next(stream))
+            state, step_metrics = loop.train_step(state, batch, loop.key)
+            pending.append(step_metrics)
+            epoch_ends = done % plan.steps_per_epoch == 0
+            save = clock.since_save() > 60 * plan.checkpoint_minutes or bool(loop.stop.by)
+            if epoch_ends or save or len(pending) >= loop.config.log.every_steps:
+                counters, pending = _collect(counters, pending, done), []
+                clock.progress.update(done, f"loss {counters.epoch_losses[-1]:.3f}")
+            if epoch_ends:
+                counters = _end_epoch(loop, state, counters, validation, clock)
+                save = save or _save_due(done, plan)
+            if save:
+                loop.checkpoints.save("latest", state, counters)
+                clock.saved()
+            if loop.stop.by and done < plan.total_steps:
+                raise runs.Interrupted(
+                    f"stopped by {loop.stop.by} after step {done} of {plan.total_steps}; all is "
+                    "saved\n  Run the same command again to go on."
+                )
+    clock.progress.close()
+    loop.checkpoints.save("final", state, counters)
+    return state, counters
+
+
+def _save_due(done: int, plan: Any) -> bool:
+    epoch = done // plan.steps_per_epoch
+    return epoch % plan.checkpoint_every_epochs == 0 and done < plan.total_steps
+
+
+def _collect(counters: Counters, pending: Sequence[Mapping[str, Array]], done: int) -> Counters:
+    """Fetch the losses of the last steps; the first that is not finite ends the run."""
+    fetched = jax.device_get(list(pending))
+    first = done - len(pending) + 1
+    for number, values in enumerate(fetched, start=first):
+        bad = [name for name, value in values.items() if not np.isfinite(value)]
+        if bad:
+            raise TrainingError(
+                f"{' and '.join(bad)} of step {number} is not finite "
+                f"({', '.join(f'{n} {v}' for n, v in values.items())}); the steps before were.\n"
+                "  The last checkpoint is from before. Lower --optim.lr, or look for broken "
+                "intensities with `python -m panther_jax.datasets check`."
+            )
+    step_losses = tuple(float(values["loss"]) for values in fetched)
+    return dataclasses.replace(
+        counters, step=done, epoch_losses=counters.epoch_losses + step_losses
+    )
+
+
+def _end_epoch(
+    loop: Loop,
+    state: TrainState,
+    counters: Counters,
+    validation: Iterator[Mapping[str, np.ndarray]],
+    clock: Clock,
+) -> Counters:
+    """Validate online, write the epoch's row and picture, save the best; the new counters."""
+    with clock.paused():
+        row, improved = _validate_epoch(loop, state, counters, validation)
+        row |= clock.end_epoch()
+        loop.metrics.append(row)
+        _tell(row, loop.config.loop.epochs, clock.progress)
+        plot_progress(read_metrics(loop.metrics.path), loop.folder / "progress.png")
+        counters = dataclasses.replace(
+            counters,
+            ema=row["ema"],
+            best_ema=row["ema"] if improved else counters.best_ema,
+            best_step=counters.step if improved else counters.best_step,
+            epoch_losses=(),
+        )
+        if improved:
+            loop.checkpoints.save("best", state, counters)
+    return counters
+
+
+def _validate_epoch(
+    loop: Loop,
+    state: TrainState,
+    counters: Counters,
+    validation: Iterator[Mapping[str, np.ndarray]],
+) -> tuple[dict[str, Any], bool]:
+    """The row of metrics.jsonl, and whether this epoch is the best so far."""
+    plan = loop.config.loop
+    epoch = counters.step // plan.steps_per_epoch - 1
+    results = jax.device_get(
+        [
+            loop.validation_step(state.params, loop.to_device(next(validation)))
+            for _ in range(plan.validation_steps)
+        ]
+    )
+    tp, fp, fn = (np.sum([counts[i] for _, counts in results], axis=0) for i in range(3))
+    dice = losses.pseudo_dice(tp, fp, fn)
+    mean = losses.mean_foreground_dice(dice)
+    ema = losses.ema_update(counters.ema, mean)
+    # spec 03 §5.3: a strictly better average; the first epoch always counts.
+    improved = counters.best_step is None or (
+        ema is not None and (counters.best_ema is None or ema > counters.best_ema)
+    )
+    names = [name for name, _ in loop.task.labels.classes]
+    row = {
+        "step": counters.step,
+        "epoch": epoch,
+        "train_loss": float(np.mean(counters.epoch_losses)),
+        "validation_loss": float(np.mean([loss for loss, _ in results])),
+        "pseudo_dice": {name: float(d) for name, d in zip(names, dice, strict=True)},
+        "mean_pseudo_dice": mean,
+        "ema": ema,
+        "lr": optim.learning_rate(loop.config.optim, plan.epochs)(epoch),
+    }
+    return row, improved
+
+
+def _tell(row: Mapping[str, Any], epochs: int, progress: Progress) -> None:
+    dice = " ".join(
+        f"{name} {'-' if math.isnan(d) else f'{d:.3f}'}" for name, d in row["pseudo_dice"].items()
+    )
+    LOGGER.info(
+        "epoch %d/%d: training loss %.4f, validation loss %.4f, pseudo-Dice %s, lr %.5f, "
+        "%.1f s, waiting for data %.0f %%, left %s",
+        row["epoch"] + 1,
+        epochs,
+        row["train_loss"],
+        row["validation_loss"],
+        dice,
+        row["lr"],
+        row["seconds"],
+        100 * row["wait_share"],
+        duration(progress.left),
+    )
+    if row["wait_share"] > WAIT_SHARE_HINT:
+        LOGGER.info(
+            "  the device waited for data; raise --data.num-threads or --data.prefetch-batches, "
+            "or set --data.resident host"
+        )
+
+
+# ------------------------------------------------------------------------- what comes before it
+
+
+def prepare(
+    config: TrainConfig, store: Store, folder: Path, *, fold: Fold, bundle: Path | None
+) -> tuple[Loop, TrainState, Counters]:
+    """Load the cases, compile the steps, and find the state to start from.
+
+    The order: this fold's last checkpoint; else the starting weights; else random ones.
+    """
+    mesh = steps.data_mesh(config.data.batch_size)
+    execution = model.Execution.auto(config.loop.compute_dtype, num_devices=mesh.size)
+    task = steps.make_task(config, store, execution, mesh)
+    replicated = jax.NamedSharding(mesh, jax.P())
+    checkpoints = Checkpoints(folder / "checkpoints")
+    key_of = functools.partial(steps.seed_key, config.loop.seed, batches.fold_code(fold))
+    params = model.init_params(task.net.arch, key_of(batches.INIT_STREAM))
+    fresh = TrainState(jnp.zeros((), jnp.int32), params, task.optimizer.init(params))
+    fresh = jax.device_put(fresh, replicated)
+    resumed = checkpoints.restore("final", fresh) or checkpoints.restore("latest", fresh)
+    if resumed is not None:
+        state, counters = resumed
+        checkpoints.drop_after(counters.step)
+        LOGGER.info("resuming after step %d of %d", counters.step, config.loop.total_steps)
+    else:
+        state, counters = fresh, Counters()
+        if bundle is not None:
+            state = _started_from(bundle, state, config.init.stem, replicated)
+    metrics = MetricsFile(folder / "metrics.jsonl", resume_step=counters.step)
+    patch = policies.patch_geometry(config.augment.policy, store.plans.patch_size)
+    streams = batches.make_streams(config, store, fold, initial_patch=patch.initial_patch_size)
+    in_batch = jax.NamedSharding(mesh, jax.P("data"))
+    loop = Loop(
+        config=config,
+        task=task,
+        folder=folder,
+        checkpoints=checkpoints,
+        metrics=metrics,
+        stop=runs.StopRequest(),
+        train_step=jax.jit(steps.make_train_step(task), donate_argnums=0),
+        validation_step=jax.jit(steps.make_validation_step(task)),
+        to_device=lambda arrays: steps.Batch(**jax.device_put(dict(arrays), in_batch)),
+        streams=streams,
+        key=jax.device_put(key_of(batches.TRAIN_STREAM), replicated),
+    )
+    return loop, state, counters
+
+
+def _started_from(
+    bundle: Path, state: TrainState, stem: Literal["copy", "reinit"], place: Any
+) -> TrainState:
+    loaded = load_bundle(bundle)
+    source = loaded.params.get("") or next(iter(loaded.params.values()))
+    result = transfer(source, state.params, stem=stem)
+    LOGGER.info("starting weights %s: %s", bundle, result.report())
+    return dataclasses.replace(state, params=jax.device_put(result.params, place))
+
+
+def compile_step(loop: Loop, state: TrainState) -> Loop:
+    """Compile the training step ahead of the loop, timed; out of memory is named with its cure.
+
+    Raises:
+        TrainingError: if the device has too little memory.
+    """
+    data = loop.config.data
+    batch = loop.to_device(next(loop.streams.train(0)))
+    try:
+        with announced("compiling the training step"):
+            compiled = loop.train_step.lower(state, batch, loop.key).compile()
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        raise TrainingError(
+            f"not enough device memory for patches of {data.patch_size} in batches of "
+            f"{data.batch_size}; lower --data.batch-size or --data.patch-size"
+        ) from error
+    return dataclasses.replace(loop, train_step=compiled)
+
+
+# -------------------------------------------------------------------------------- after training
+
+
+def train_fold(
+    config: TrainConfig, store: Store, folder: Path, *, fold: Fold, bundle: Path | None
+) -> str:
+    """Train and validate one fold in ``folder``; what is done already is not done again."""
+    start = time.monotonic()
+    loop, state, counters = prepare(config, store, folder, fold=fold, bundle=bundle)
+    template = jax.tree.map(
+        lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding), state
+    )
+    if counters.step < config.loop.total_steps:
+        loop = compile_step(loop, state)
+        loop.stop.listen()
+        run_loop(loop, state, counters)
+    elif not loop.checkpoints.steps("final"):
+        loop.checkpoints.save("final", state, counters)
+    mirror_axes = policies.patch_geometry(config.augment.policy, store.plans.patch_size).mirror_axes
+    tables = validate_checkpoints(
+        store,
+        loop.task.net,
+        loop.checkpoints,
+        template,
+        folder,
+        settings=config.validation,
+        mirror_axes=mirror_axes,
+        case_ids=fold_cases(store, fold)[1],
+    )
+    runs.record(folder, {"finished": True, "seconds_last_session": round(time.monotonic() - start)})
+    return tables
+
+
+# ---------------------------------------------------------------------------------- command line
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; returns the exit code."""
+    return runs.main(train_fold, sys.argv[1:] if argv is None else argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

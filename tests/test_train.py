@@ -1,0 +1,391 @@
+"""The whole pipeline at toy size: it learns nothing, but stops, resumes and repeats exactly."""
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from tiny import make_raw
+
+from panther_jax import batches, model, runs, steps, train
+from panther_jax.checkpoint import Checkpoints
+from panther_jax.config import LoopConfig, apply_overrides, load_config
+from panther_jax.log import read_metrics
+from panther_jax.places import Places
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def options(root, raw, **changes):
+    given = {
+        "fold": 0,
+        "workdir": None,
+        "root": root,
+        "raw": raw,
+        "store": None,
+        "init": None,
+        "demo": False,
+        "restart": False,
+        "allow_config_change": False,
+        "dry_run": False,
+        "deterministic": False,
+    }
+    return runs.Options(**{**given, **changes})
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compilation_cache(tmp_path_factory):
+    """What several tests compile is compiled once."""
+    names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
+    before = {name: getattr(jax.config, name) for name in names}
+    jax.config.update(names[0], str(tmp_path_factory.mktemp("cache")))
+    jax.config.update(names[1], 0.1)
+    yield
+    for name, value in before.items():
+        jax.config.update(name, value)
+
+
+@pytest.fixture(scope="module")
+def raw(tmp_path_factory):
+    return make_raw(tmp_path_factory.mktemp("raw") / "Dataset902_Tiny")
+
+
+@pytest.fixture(scope="module")
+def smoke():
+    config, _ = load_config("smoke")
+    return dataclasses.replace(
+        config, loop=dataclasses.replace(config.loop, compilation_cache=False)
+    )
+
+
+@pytest.fixture(scope="module")
+def store(raw, smoke, tmp_path_factory):
+    root = tmp_path_factory.mktemp("root")
+    return runs.prepare_store(smoke, options(root, raw), Places(root))
+
+
+@pytest.fixture(scope="module")
+def finished(store, smoke, tmp_path_factory):
+    """A run of six steps in one go: its folder and what the command prints."""
+    folder = tmp_path_factory.mktemp("run") / "fold_0"
+    folder.mkdir()
+    return folder, train.train_fold(smoke, store, folder, fold=0, bundle=None)
+
+
+def final_params(folder):
+    """Leaves of the final checkpoint, by path, read without knowing their shapes."""
+    import orbax.checkpoint as ocp
+
+    path = next(p for p in (folder / "checkpoints" / "final").iterdir() if p.name.isdigit())
+    restored = ocp.StandardCheckpointer().restore(path / "params")
+    return {"/".join(p): np.asarray(leaf) for p, leaf in model.walk(restored)}
+
+
+def assert_same_training(folder, other):
+    a, b = final_params(folder), final_params(other)
+    assert a.keys() == b.keys() and len(a) > 20
+    for name in a:
+        np.testing.assert_array_equal(a[name], b[name], err_msg=name)
+    timed = ("seconds", "wait_share")
+    rows = [
+        [
+            {k: v for k, v in row.items() if k not in timed}
+            for row in read_metrics(f / "metrics.jsonl")
+        ]
+        for f in (folder, other)
+    ]
+    assert rows[0] == rows[1] and len(rows[0]) == 2
+
+
+def test_a_run_leaves_what_the_design_promises(finished, store):
+    folder, tables = finished
+    assert Checkpoints(folder / "checkpoints").steps("final") == (6,)
+    assert Checkpoints(folder / "checkpoints").steps("latest") == (3,)
+    rows = read_metrics(folder / "metrics.jsonl")
+    assert [(r["epoch"], r["step"]) for r in rows] == [(0, 3), (1, 6)]
+    assert all(np.isfinite(r["train_loss"]) for r in rows)
+    assert (folder / "progress.png").stat().st_size > 10_000
+    cases = batches.fold_cases(store, 0)[1]
+    for name in ("final", "best"):
+        validated = folder / f"validation_{name}"
+        assert sorted(p.name for p in validated.glob("*.mha")) == [f"{c}.mha" for c in cases]
+        summary = json.loads((validated / "summary.json").read_text())
+        assert set(summary["mean"]) == {"1", "2"}
+        panther = json.loads((validated / "panther.json").read_text())
+        assert [c["subject"] for c in panther["per_subject"]] == list(cases)
+    assert all(f"{c} " in tables for c in cases) and "validation_best" in tables
+    assert json.loads((folder / "run.json").read_text())["finished"]
+
+
+def test_label_maps_lie_on_the_raw_grid(finished, store):
+    from panther_jax.imageio import read_label
+
+    folder, _ = finished
+    for path in (folder / "validation_final").glob("*.mha"):
+        prediction, geometry = read_label(path)
+        reference, expected = read_label(store.reference(path.stem))
+        assert prediction.shape == reference.shape
+        np.testing.assert_allclose(geometry.spacing_zyx, expected.spacing_zyx)
+        np.testing.assert_allclose(geometry.origin_xyz, expected.origin_xyz)
+        assert set(np.unique(prediction)) <= {0, 1, 2}
+
+
+def test_running_again_does_only_what_is_missing(finished, store, smoke, monkeypatch):
+    folder, tables = finished
+    before = {p: p.stat().st_mtime_ns for p in (folder / "checkpoints").rglob("*")}
+
+    def refuse(*_args):
+        raise AssertionError("a finished run trained again")
+
+    monkeypatch.setattr(train, "run_loop", refuse)
+    removed = folder / "validation_best" / "summary.json"
+    removed.unlink()
+    assert train.train_fold(smoke, store, folder, fold=0, bundle=None) == tables
+    assert removed.is_file()
+    assert before == {p: p.stat().st_mtime_ns for p in (folder / "checkpoints").rglob("*")}
+
+
+def test_a_signal_saves_and_the_run_resumes_exactly(finished, store, smoke, tmp_path, monkeypatch):
+    folder = tmp_path / "fold_0"
+    folder.mkdir()
+    with monkeypatch.context() as patch:
+        patch.setattr(runs.StopRequest, "listen", lambda self: setattr(self, "by", "SIGTERM"))
+        with pytest.raises(runs.Interrupted, match="SIGTERM after step 1 of 6"):
+            train.train_fold(smoke, store, folder, fold=0, bundle=None)
+    assert Checkpoints(folder / "checkpoints").steps("latest") == (1,)  # in the middle of an epoch
+    train.train_fold(smoke, store, folder, fold=0, bundle=None)
+    assert_same_training(finished[0], folder)
+
+
+def test_signals_are_heard():
+    handlers = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
+    try:
+        for number in handlers:
+            stop = runs.StopRequest()
+            stop.listen()
+            os.kill(os.getpid(), number)
+            deadline = time.monotonic() + 5
+            while stop.by is None and time.monotonic() < deadline:
+                time.sleep(0.01)
+            assert stop.by == number.name
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
+def test_twenty_steps_compile_once(store, smoke, tmp_path, monkeypatch):
+    traces = []
+    original = steps.make_train_step
+
+    def counted(task):
+        step = original(task)
+
+        def traced(state, batch, key):
+            traces.append(batch.image.shape)
+            return step(state, batch, key)
+
+        return traced
+
+    monkeypatch.setattr(steps, "make_train_step", counted)
+    loop_config = dataclasses.replace(smoke.loop, epochs=4, steps_per_epoch=5)
+    validation = dataclasses.replace(smoke.validation, checkpoints=("final",))
+    config = dataclasses.replace(smoke, loop=loop_config, validation=validation)
+    folder = tmp_path / "fold_0"
+    folder.mkdir()
+    train.train_fold(config, store, folder, fold=0, bundle=None)
+    assert len(read_metrics(folder / "metrics.jsonl")) == 4
+    assert len(traces) == 1
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_step(
+    store, smoke, tmp_path, monkeypatch
+):
+    original = batches.BatchSource.__getitem__
+
+    def broken(self, index):
+        batch = dict(original(self, index))
+        if index == 1 and self.sampling.stream == batches.TRAIN_STREAM:
+            batch["image"] = np.full_like(batch["image"], np.nan)
+        return batch
+
+    monkeypatch.setattr(batches.BatchSource, "__getitem__", broken)
+    folder = tmp_path / "fold_0"
+    folder.mkdir()
+    with pytest.raises(
+        train.TrainingError, match=r"(?s)loss.* of step 2 is not finite.*--optim.lr"
+    ):
+        train.train_fold(smoke, store, folder, fold=0, bundle=None)
+    assert Checkpoints(folder / "checkpoints").steps("latest") == ()
+
+
+def test_devices_share_the_batch_and_agree(store, smoke):
+    """One and two devices take the same step, to rounding."""
+    results = []
+    for count in (1, 2):
+        mesh = jax.make_mesh(
+            (count, 1),
+            ("data", "space"),
+            axis_types=(jax.sharding.AxisType.Auto,) * 2,
+            devices=jax.devices()[:count],
+        )
+        task = steps.make_task(smoke, store, model.Execution(), mesh)
+        stream = batches.make_streams(smoke, store, 0, initial_patch=(8, 24, 24)).train(0)
+        place = jax.NamedSharding(mesh, jax.P())
+        params = model.init_params(task.net.arch, jax.random.key(0))
+        state = train.TrainState(jax.numpy.int32(0), params, task.optimizer.init(params))
+        state = jax.device_put(state, place)
+        step = jax.jit(steps.make_train_step(task))
+        key = jax.device_put(steps.seed_key(0, 0, 0), place)
+        losses = []
+        for _ in range(3):
+            batch = jax.device_put(dict(next(stream)), jax.NamedSharding(mesh, jax.P("data")))
+            state, values = step(state, steps.Batch(**batch), key)
+            losses.append(float(values["loss"]))
+        results.append(losses)
+    np.testing.assert_allclose(results[0], results[1], rtol=1e-4)  # float32 sums in another order
+
+
+# ------------------------------------------------------------------------------ as a user types
+
+
+def command(root, raw, *more, config="smoke.py"):
+    return [
+        sys.executable, "-m", "panther_jax.train", "--config", config, "--root", str(root),
+        "--raw", str(raw), *more,
+    ]  # fmt: skip
+
+
+def environment(cache):
+    kept = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
+    return {**kept, "JAX_PLATFORMS": "cpu", "JAX_COMPILATION_CACHE_DIR": str(cache)}
+
+
+@pytest.mark.slow
+def test_six_steps_equal_three_and_three_with_a_kill_between(raw, tmp_path):
+    env = environment(tmp_path / "cache")
+    whole = command(tmp_path, raw, "--workdir", str(tmp_path / "whole"))
+    done = subprocess.run(whole, capture_output=True, text=True, env=env, cwd=ROOT, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert "validation_final" in done.stdout and "pancreas" in done.stdout
+    assert "epoch 2/2" in done.stderr and "left" in done.stderr
+
+    killed = command(tmp_path, raw, "--workdir", str(tmp_path / "killed"))
+    process = subprocess.Popen(killed, env=env, cwd=ROOT, stderr=subprocess.DEVNULL)
+    checkpoint = tmp_path / "killed" / "fold_0" / "checkpoints" / "latest" / "3"
+    deadline = time.monotonic() + 200
+    while not checkpoint.is_dir() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    assert not (tmp_path / "killed" / "fold_0" / "checkpoints" / "final").exists()
+    done = subprocess.run(killed, capture_output=True, text=True, env=env, cwd=ROOT, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert "resuming after step 3 of 6" in done.stderr
+    assert_same_training(tmp_path / "whole" / "fold_0", tmp_path / "killed" / "fold_0")
+
+
+@pytest.fixture
+def run_main(monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+
+    def run(*arguments):
+        try:
+            code = runs.main(lambda *_args, **_kwargs: "trained", [str(a) for a in arguments])
+        except SystemExit as stop:
+            code = stop.code
+        out, err = capsys.readouterr()
+        return code, out, err
+
+    return run
+
+
+CACHE_OFF = "--loop.no-compilation-cache"
+
+
+def test_the_command_prints_the_folder_and_the_table(run_main, raw, tmp_path):
+    base = ["--config", "smoke.py", "--root", tmp_path, "--raw", raw, CACHE_OFF]
+    code, out, err = run_main(*base, "--loop.seed", "3")
+    assert code == 0 and out.startswith(str(tmp_path / "runs" / "smoke" / "fold_0"))
+    assert "trained" in out and "panther_jax 0" in err
+    workdir = tmp_path / "runs" / "smoke"
+    assert json.loads((workdir / "config.json").read_text())["loop"]["seed"] == 3
+    record = json.loads((workdir / "fold_0" / "run.json").read_text())
+    assert record["seed"] == 3 and len(record["config_sha256"]) == 64 and record["packages"]["jax"]
+    assert (workdir / "fold_0" / "log.txt").is_file()
+
+    code, _, err = run_main(*base)
+    assert code == 1 and "loop.seed: 3 -> 0" in err and "--allow-config-change" in err
+    assert run_main(*base, "--allow_config_change")[0] == 0
+    assert run_main(*base, "--log.every-steps", "5")[0] == 0  # does not touch the training
+    assert run_main(*base, "--loop.seed=4", "--restart")[0] == 0
+
+
+def test_dry_run_shows_everything_and_writes_nothing(run_main, tmp_path):
+    code, out, _ = run_main(
+        "--config", "mri_t2:init=none", "--root", tmp_path / "data", "--dry-run", CACHE_OFF
+    )
+    assert code == 0 and not list(tmp_path.iterdir())
+    assert '"lr": 0.001' in out and "102,350,575" in out and "GiB" in out
+    assert str(tmp_path / "data" / "runs" / "mri_t2_init_none" / "fold_0") in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["--config", "nothing"], 2, "config 'nothing' not found"),
+        ([], 2, "--config is required"),
+        (["--config", "smoke", "--fold", "first"], 2, "--fold must be a number or all"),
+        (["--config", "smoke", "--loop.epoch", "3"], 2, "--loop.epoch"),
+        (["--config", "smoke", "--optim.lr", "0"], 2, "optim.lr must be positive"),
+        (
+            ["--config", "smoke", "--init", "gone", CACHE_OFF],
+            1,
+            "starting weights 'gone' not found",
+        ),
+        (["--config", "smoke", CACHE_OFF], 1, "raw data set Dataset902_PANTHER_HR not found"),
+        (["--config", "smoke", "--raw", "gone", CACHE_OFF], 1, "gone"),
+        (["--config", "smoke", "--store", "gone", CACHE_OFF], 1, "gone is not a store"),
+        (
+            [
+                "--config",
+                "smoke",
+                "--raw",
+                "{raw}",
+                "--data.patch-size",
+                "8",
+                "16",
+                "18",
+                CACHE_OFF,
+            ],
+            1,
+            "not divisible by the network's strides",
+        ),
+    ],
+)
+def test_mistakes_get_one_message_and_an_exit_code(
+    run_main, raw, tmp_path, monkeypatch, arguments, code, message
+):
+    monkeypatch.delenv("nnUNet_raw", raising=False)
+    filled = [str(a).format(raw=raw) for a in arguments]
+    found, out, err = run_main(*filled, "--root", tmp_path / "data")
+    assert found == code and message in err, err
+    assert "Traceback" not in err and not out
+    assert not (tmp_path / "data" / "runs").exists()
+
+
+def test_help_shows_the_fields_of_the_config(run_main):
+    code, out, _ = run_main("--config", "mri_t2.py", "--help")
+    assert code == 0 and "--demo" in out and "--optim.lr" in out and "0.001" in out
+
+
+def test_overrides_reach_the_loop_config(smoke):
+    changed = apply_overrides(smoke, ["--loop.epochs", "5"], prog="train")
+    assert changed.loop == dataclasses.replace(smoke.loop, epochs=5)
+    assert isinstance(changed.loop, LoopConfig)
