@@ -197,7 +197,7 @@ class Checkpoints:
             shutil.rmtree(self.folder / "best" / str(late))
 
 
-def _read_item(folder: Path) -> Any:
+def _read_item(folder: Any) -> Any:
     """An orbax tree as NumPy arrays, whatever devices it was saved from."""
     import orbax.checkpoint as ocp
 
@@ -207,7 +207,7 @@ def _read_item(folder: Path) -> Any:
     return handler.restore(folder, args=ocp.args.PyTreeRestore(restore_args=as_numpy))
 
 
-def _read_item_json(folder: Path) -> Any:
+def _read_item_json(folder: Any) -> Any:
     import orbax.checkpoint as ocp
 
     return ocp.JsonCheckpointHandler().restore(folder)
@@ -355,7 +355,7 @@ def _write_safetensors(path: Path, tree: Params) -> str:
             file.write(part)
             digest.update(part)
         for leaf in leaves.values():
-            data = memoryview(np.ascontiguousarray(leaf, "<f4").reshape(-1)).cast("B")
+            data = np.ascontiguousarray(leaf, "<f4").reshape(-1).view(np.uint8).data
             file.write(data)
             digest.update(data)
     return digest.hexdigest()
@@ -449,15 +449,19 @@ def _unflatten(flat: Mapping[str, Any]) -> Params:
 
 @dataclass(frozen=True)
 class Transfer:
-    """What became of each target parameter: names loaded and names left fresh by rule."""
+    """What became of each parameter: names loaded, left fresh by rule, not used of the source."""
 
     params: Params
     loaded: tuple[str, ...]
     skipped: tuple[str, ...]
+    unused: tuple[str, ...]
 
     def report(self) -> str:
         """One line of counts."""
-        return f"{len(self.loaded)} parameters loaded, {len(self.skipped)} fresh by rule"
+        return (
+            f"{len(self.loaded)} parameters loaded, {len(self.skipped)} fresh by rule, "
+            f"{len(self.unused)} of the source not used"
+        )
 
 
 def transfer(source: Params, fresh: Params, *, stem: Literal["copy", "reinit"]) -> Transfer:
@@ -490,7 +494,8 @@ def transfer(source: Params, fresh: Params, *, stem: Literal["copy", "reinit"]) 
         "/".join(p): stored["/".join(p)] if "/".join(p) in taken else leaf
         for p, leaf in walk(fresh)
     }
-    return Transfer(_unflatten(flat), tuple(loaded), tuple(skipped))
+    unused = tuple(name for name in stored if name not in taken)
+    return Transfer(_unflatten(flat), tuple(loaded), tuple(skipped), unused)
 
 
 def _misfit(
@@ -502,5 +507,8 @@ def _misfit(
     ]
     lines += [f"  missing: {name}" for name in missing[:10]]
     lines += [f"  shape:   {name}" for name in reshaped[:10]]
-    lines.append("  Take the architecture from the bundle's plans, or another bundle.")
+    if missing and all(name.startswith("encoder/stem/") for name in missing):
+        lines.append("  The source has no stem: start it anew with --init.stem reinit.")
+    else:
+        lines.append("  Take the architecture from the bundle's plans, or another bundle.")
     return "\n".join(lines)

@@ -396,7 +396,9 @@ def describe(settings: TrainConfig, options: Options, places: Places, workdir: P
         "channel_names": {"0": "MRI"},
         "labels": {"background": 0, "tumor": 1, "pancreas": 2},
     }
-    arch = planning.plans_from_config(settings, typical, None).arch
+    no_statistics = dataclasses.replace(settings.data, normalization=("NoNormalization",))
+    plain = dataclasses.replace(settings, data=no_statistics)
+    arch = planning.plans_from_config(plain, typical, None).arch
     parameters = count_params(arch)
     slots = {"sgd": 1, "adam": 2, "adamw": 3}[settings.optim.optimizer]
     width = 4 if settings.loop.compute_dtype == "float32" or "cpu" in device_name() else 2

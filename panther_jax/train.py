@@ -39,6 +39,7 @@ from panther_jax.log import (
     plot_progress,
     read_metrics,
 )
+from panther_jax.plans import Plans
 from panther_jax.store import Store, fold_cases
 from panther_jax.validation import validate_checkpoints
 
@@ -247,7 +248,8 @@ def prepare(
     else:
         state, counters = fresh, Counters()
         if bundle is not None:
-            state = _started_from(bundle, state, config.init.stem, replicated)
+            state = _started_from(bundle, state, config.init.stem, store.plans, fold)
+            state = jax.device_put(state, replicated)
     metrics = MetricsFile(folder / "metrics.jsonl", resume_step=counters.step)
     patch = policies.patch_geometry(config.augment.policy, store.plans.patch_size)
     streams = batches.make_streams(config, store, fold, initial_patch=patch.initial_patch_size)
@@ -269,13 +271,18 @@ def prepare(
 
 
 def _started_from(
-    bundle: Path, state: TrainState, stem: Literal["copy", "reinit"], place: Any
+    bundle: Path, state: TrainState, stem: Literal["copy", "reinit"], plans: Plans, fold: Fold
 ) -> TrainState:
     loaded = load_bundle(bundle)
-    source = loaded.params.get("") or next(iter(loaded.params.values()))
-    result = transfer(source, state.params, stem=stem)
-    LOGGER.info("starting weights %s: %s", bundle, result.report())
-    return dataclasses.replace(state, params=jax.device_put(result.params, place))
+    name = next((n for n in (str(fold), "", "all") if n in loaded.params), None)
+    name = next(iter(loaded.params)) if name is None else name
+    result = transfer(loaded.params[name], state.params, stem=stem)
+    LOGGER.info("starting weights %s%s: %s", bundle, f", fold {name}" * bool(name), result.report())
+    for what in ("patch_size", "spacing", "normalization"):
+        theirs, ours = getattr(loaded.plans, what), getattr(plans, what)
+        if theirs != ours:
+            LOGGER.warning("%s of the starting weights was %s, now it is %s", what, theirs, ours)
+    return dataclasses.replace(state, params=jax.tree.map(jnp.asarray, result.params))
 
 
 def compile_step(loop: Loop, state: TrainState) -> Loop:
@@ -307,6 +314,8 @@ def train_fold(
 ) -> str:
     """Train and validate one fold in ``folder``; what is done already is not done again."""
     start = time.monotonic()
+    geometry = policies.patch_geometry(config.augment.policy, store.plans.patch_size)
+    runs.record(folder, {"inference_allowed_mirroring_axes": list(geometry.mirror_axes)})
     loop, state, counters = prepare(config, store, folder, fold=fold, bundle=bundle)
     template = jax.tree.map(
         lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding), state
@@ -317,7 +326,6 @@ def train_fold(
         run_loop(loop, state, counters)
     elif not loop.checkpoints.steps("final"):
         loop.checkpoints.save("final", state, counters)
-    mirror_axes = policies.patch_geometry(config.augment.policy, store.plans.patch_size).mirror_axes
     tables = validate_checkpoints(
         store,
         loop.task.net,
@@ -325,7 +333,7 @@ def train_fold(
         template,
         folder,
         settings=config.validation,
-        mirror_axes=mirror_axes,
+        mirror_axes=geometry.mirror_axes,
         case_ids=fold_cases(store, fold)[1],
     )
     runs.record(folder, {"finished": True, "seconds_last_session": round(time.monotonic() - start)})
