@@ -52,7 +52,7 @@ TISSUES = {
     "gas": (-900, 8, 6, 0.0),
     "lung": (-820, 18, 20, 0.1),
     "pancreas": (100, 255, 165, 0.07),
-    "tumor": (64, 170, 225, 0.09),
+    "tumor": (64, 170, 250, 0.09),
 }
 GUT_CONTENT = {"ct": (5, 110), "t1": (60, 300), "t2": (90, 480)}  # a loop's level lies in between
 NOISE = {"ct": 14.0, "t1": 14.0, "t2": 12.0}
@@ -246,7 +246,7 @@ def _draw_pancreas(rng: np.random.Generator) -> list[Organ]:
         Organ("artery", _tube([sma - (0, 0, 70), sma + (0, 10, 10)], 4.0), 0.3),
         Organ("vein", _tube(splenic, 4.0), 0.5),
     ]
-    radius = rng.uniform(9.5, 17.0)
+    radius = rng.uniform(11.0, 17.0)
     at = beads[rng.integers(1, len(beads) - 1)]
     towards = rng.normal(size=3)
     towards[1] = -abs(towards[1])  # to the front: behind lie the vessels

@@ -8,10 +8,11 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from panther_jax.architecture import ArchSpec, PlansError
 
+RESAMPLERS = ("resample_data_or_seg_to_shape", "resample_torch_fornnunet")
 NORMALIZATION_BY_CHANNEL = {
     "ct": "CTNormalization",
     "nonorm": "NoNormalization",
@@ -191,11 +192,11 @@ def _label_value(name: str, value: Any) -> LabelValue:
 class Resampler:
     """A resampling function of the plans: its name and keyword arguments (spec 02 §4.5-4.6)."""
 
-    name: Literal["resample_data_or_seg_to_shape", "resample_torch_fornnunet"]
+    name: str
     kwargs: tuple[tuple[str, Any], ...] = ()
 
     def __post_init__(self) -> None:
-        if self.name not in ("resample_data_or_seg_to_shape", "resample_torch_fornnunet"):
+        if self.name not in RESAMPLERS:
             raise PlansError(f"plans: resampling function {self.name!r} is not supported")
 
     def get(self, key: str, default: Any = None) -> Any:

@@ -102,9 +102,12 @@ def test_variants_of_the_t2_stage():
 def test_demo_changes_data_size_and_budget_only():
     config, _ = cfg.load_config("mri_t2")
     small = cfg.demo(config)
-    for section in ("augment", "loss", "validation", "log"):
+    for section in ("loss", "validation", "log"):
         assert getattr(small, section) == getattr(config, section)
-    assert small.arch.features == (8, 16, 32) and small.data.patch_size == (16, 64, 64)
+    assert small.augment.policy == "no_mirroring"
+    da5, _ = cfg.load_config("mri_t2:aug=da5")
+    assert cfg.demo(da5).augment == da5.augment
+    assert small.arch.features == (8, 16, 32) and small.data.patch_size == (16, 48, 48)
     assert small.loop.total_steps < 1000 and small.init.bundle is None
 
 

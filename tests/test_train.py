@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from tiny import make_raw
 
-from panther_jax import batches, model, runs, steps, train
+from panther_jax import batches, imageio, model, runs, steps, train
 from panther_jax.checkpoint import Checkpoints
 from panther_jax.config import LoopConfig, apply_overrides, load_config
 from panther_jax.log import read_metrics
@@ -378,6 +378,47 @@ def test_mistakes_get_one_message_and_an_exit_code(
     assert found == code and message in err, err
     assert "Traceback" not in err and not out
     assert not (tmp_path / "data" / "runs").exists()
+
+
+def missing_label(raw):
+    (raw / "labelsTr" / "case_1.mha").unlink()
+
+
+def undeclared_value(raw):
+    label, geometry = imageio.read_label(raw / "labelsTr" / "case_1.mha")
+    imageio.write_label(raw / "labelsTr" / "case_1.mha", label + 5, geometry)
+
+
+def other_grid(raw):
+    label, geometry = imageio.read_label(raw / "labelsTr" / "case_1.mha")
+    moved = dataclasses.replace(geometry, origin_xyz=(9.0, 9.0, 9.0))
+    imageio.write_label(raw / "labelsTr" / "case_1.mha", label, moved)
+
+
+def truncated_image(raw):
+    path = raw / "imagesTr" / "case_1_0000.mha"
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (missing_label, "case_1: missing label"),
+        (undeclared_value, "case 'case_1': label values 5"),
+        (other_grid, "case 'case_1': label origin"),
+        (truncated_image, "case_1_0000.mha"),
+    ],
+)
+def test_broken_data_stop_the_run_before_it_begins(run_main, tmp_path, damage, message):
+    damaged = make_raw(tmp_path / "Dataset902_Damaged")
+    damage(damaged)
+    code, out, err = run_main(
+        "--config", "smoke", "--raw", damaged, "--root", tmp_path / "data", CACHE_OFF
+    )
+    assert code == 1 and message in err and "Traceback" not in err and not out, err
+    assert not (tmp_path / "data" / "runs").exists()
+    store = tmp_path / "data" / "store" / "Dataset902_Damaged"
+    assert not list(store.rglob("case_1*")) and not list(store.rglob("*.tmp"))
 
 
 def test_help_shows_the_fields_of_the_config(run_main):
