@@ -325,13 +325,12 @@ def _tuples(value: Any) -> Any:
 def demo(config: TrainConfig) -> TrainConfig:
     """The same stage at the size and budget of a laptop: data, size and budget are replaced.
 
-    Three stages of 8-16-32 features, a patch of 16x48x48 at 3 mm (small enough to be rotated in
-    all planes, not in one as far-from-cubic patches are), AdamW for a few hundred steps; SGD at the
-    recipe's rate leaves zero Dice only after far more. The default augmentation goes without
-    mirroring: so few steps of so small a network do not learn the anatomy in eight reflections.
+    Four stages of 8-16-32-64 features (three see too little of the anatomy around), a patch of
+    16x48x48 at 3 mm (small enough to be rotated in all planes, not in one as far-from-cubic patches
+    are), AdamW for a few hundred steps; SGD at the recipe's rate leaves zero Dice only after far
+    more.
     """
     replace = dataclasses.replace
-    policy = "no_mirroring" if config.augment.policy == "default" else config.augment.policy
     return replace(
         config,
         data=replace(
@@ -342,17 +341,16 @@ def demo(config: TrainConfig) -> TrainConfig:
             batch_size=2,
             resident="host",
         ),
-        augment=replace(config.augment, policy=policy),
         arch=replace(
             config.arch,
-            features=(8, 16, 32),
-            kernel_sizes=((3, 3, 3),) * 3,
-            strides=((1, 1, 1), (2, 2, 2), (2, 2, 2)),
-            blocks=(1, 1, 1),
-            decoder_convs=(1, 1),
+            features=(8, 16, 32, 64),
+            kernel_sizes=((3, 3, 3),) * 4,
+            strides=((1, 1, 1), (2, 2, 2), (2, 2, 2), (2, 2, 2)),
+            blocks=(1, 1, 1, 1),
+            decoder_convs=(1, 1, 1),
         ),
         optim=replace(config.optim, optimizer="adamw", amsgrad=False, lr=5e-3, schedule="poly"),
-        loop=replace(config.loop, epochs=20, steps_per_epoch=40, validation_steps=6),
+        loop=replace(config.loop, epochs=16, steps_per_epoch=40, validation_steps=6),
         init=replace(config.init, bundle=None),
     )
 

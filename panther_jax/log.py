@@ -211,58 +211,6 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2) + "\n")
 
 
-# ------------------------------------------------------------------------------------- picture
-
-
-def plot_progress(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """Draw progress.png from the epoch rows of a metrics file (spec 03 §5.4): three panels.
-
-    Losses with pseudo-Dice and its moving average, epoch duration, learning rate.
-    """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    epochs = [r["epoch"] for r in rows]
-    figure, (top, middle, bottom) = plt.subplots(3, 1, figsize=(9, 11), sharex=True)
-    marker = "." if len(epochs) < 40 else None
-    top.plot(epochs, _column(rows, "train_loss"), "b", marker=marker, label="training loss")
-    top.plot(epochs, _column(rows, "validation_loss"), "r", marker=marker, label="validation loss")
-    top.set_ylabel("loss")
-    right = top.twinx()
-    right.plot(epochs, _column(rows, "mean_pseudo_dice"), "g:", label="pseudo-Dice")
-    right.plot(
-        epochs, _column(rows, "ema"), "g", marker=marker, label="pseudo-Dice, moving average"
-    )
-    for name in rows[0]["pseudo_dice"] if rows else ():
-        values = [_number(r["pseudo_dice"].get(name)) for r in rows]
-        right.plot(epochs, values, ":", alpha=0.6, label=f"pseudo-Dice {name}")
-    right.set_ylabel("Dice")
-    right.set_ylim(0, 1)
-    lines = [*top.get_lines(), *right.get_lines()]
-    top.legend(lines, [str(line.get_label()) for line in lines], fontsize=8, loc="center right")
-    middle.plot(epochs, _column(rows, "seconds"), "k", marker=marker)
-    middle.set_ylabel("epoch duration [s]")
-    middle.set_ylim(bottom=0)
-    bottom.plot(epochs, _column(rows, "lr"), "k", marker=marker)
-    bottom.set_ylabel("learning rate")
-    bottom.set_xlabel("epoch")
-    figure.tight_layout()
-    temporary = path.with_name(f".{path.stem}.tmp.png")
-    figure.savefig(temporary, dpi=80)
-    plt.close(figure)
-    os.replace(temporary, path)
-
-
-def _column(rows: Sequence[Mapping[str, Any]], name: str) -> list[float]:
-    return [_number(r.get(name)) for r in rows]
-
-
-def _number(value: Any) -> float:
-    return float("nan") if value is None else float(value)
-
-
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Rows as aligned text; the first column is left-aligned."""
     widths = [max(len(r[c]) for r in [header, *rows]) for c in range(len(header))]

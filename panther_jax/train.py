@@ -36,9 +36,9 @@ from panther_jax.log import (
     Progress,
     announced,
     duration,
-    plot_progress,
     read_metrics,
 )
+from panther_jax.pictures import plot_progress
 from panther_jax.plans import Plans
 from panther_jax.store import Store, fold_cases
 from panther_jax.validation import validate_checkpoints

@@ -5,12 +5,13 @@ Label maps, nnU-Net's ``summary.json`` and the PANTHER metrics, ``panther.json``
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from panther_jax import imageio, metrics
+from panther_jax import imageio, metrics, pictures
 from panther_jax.checkpoint import CheckpointError, Checkpoints, TrainState
 from panther_jax.config import ValidationConfig
 from panther_jax.inference import (
@@ -22,8 +23,8 @@ from panther_jax.inference import (
 from panther_jax.log import Progress as LogProgress
 from panther_jax.log import table, write_json
 from panther_jax.model import Net, apply
-from panther_jax.plans import Geometry, read_json
-from panther_jax.store import Store, read_stored
+from panther_jax.plans import read_json
+from panther_jax.store import Store, StoredCase, read_stored
 
 LOGGER = logging.getLogger("panther_jax")
 TUMOR_NAMES = ("tumor", "tumour", "lesion")
@@ -43,6 +44,8 @@ def validate(
 ) -> dict[str, Any]:
     """Predict and score cases of a store; returns nnU-Net's summary and writes it last.
 
+    ``overlay.png`` shows a slice of each of the first cases.
+
     A folder that holds a summary is complete and is only read. ``panther.json`` scores the tumour
     (a label so named, else the first class) with the PANTHER metrics.
     """
@@ -50,33 +53,16 @@ def validate(
     if summary_path.is_file():
         return read_json(summary_path)
     folder.mkdir(parents=True, exist_ok=True)
-    ending = store.dataset["file_ending"]
-    scored, panther = [], []
+    scored = []
     for done, case_id in enumerate(case_ids, start=1):
         case = read_stored(store, case_id, resident=False)
         logits = predict(params, np.asarray(case.image))
-        prediction = logits_to_label(logits, case.properties, store.plans, store.labels)
-        geometry = case.properties.geometry
-        prediction_path = folder / f"{case_id}{ending}"
-        imageio.write_label(prediction_path, prediction, geometry)
         if save_probabilities:
-            probabilities = logits_to_probabilities(
-                logits, case.properties, store.plans, store.labels
-            )
-            np.savez_compressed(folder / f"{case_id}.npz", probabilities=probabilities)
-            write_json(folder / f"{case_id}.json", case.properties.to_json())
-        reference, _ = imageio.read_label(store.reference(case_id))
-        counts = metrics.label_counts(
-            reference, prediction, [c for _, c in store.labels.classes], store.labels.ignore_id
-        )
-        files = {
-            "prediction_file": str(prediction_path),
-            "reference_file": str(store.reference(case_id)),
-        }
-        scored.append({"metrics": counts, **files})
-        panther.append(_panther(store, case_id, geometry, reference, prediction))
+            _save_probabilities(folder, case, logits, store)
+        scored.append(_score(store, case, logits, folder))
         if progress is not None:
             progress(case_id, done, len(case_ids))
+    panther = [s.panther for s in scored]
     write_json(
         folder / "panther.json",
         {
@@ -86,9 +72,68 @@ def validate(
             "aggregates": metrics.panther_aggregate(panther),
         },
     )
-    summary = metrics.summarise(scored)
+    if not store.labels.has_regions:
+        classes = {name: value for name, value in store.labels.classes if isinstance(value, int)}
+        overlays = [s.overlay for s in scored]
+        pictures.plot_overlays(overlays, classes, folder / "overlay.png")
+    summary = metrics.summarise([s.entry for s in scored])
     metrics.write_summary(summary_path, summary)
     return summary
+
+
+@dataclass(frozen=True)
+class _Scored:
+    entry: dict[str, Any]
+    panther: dict[str, Any]
+    overlay: pictures.Overlay
+
+
+def _score(store: Store, case: StoredCase, logits: np.ndarray, folder: Path) -> _Scored:
+    """Write the label map of a case and score it on the raw grid."""
+    prediction = logits_to_label(logits, case.properties, store.plans, store.labels)
+    geometry = case.properties.geometry
+    path = folder / f"{case.id}{store.dataset['file_ending']}"
+    imageio.write_label(path, prediction, geometry)
+    reference, _ = imageio.read_label(store.reference(case.id))
+    counts = metrics.label_counts(
+        reference, prediction, [c for _, c in store.labels.classes], store.labels.ignore_id
+    )
+    entry = {
+        "metrics": counts,
+        "prediction_file": str(path),
+        "reference_file": str(store.reference(case.id)),
+    }
+    _, tumor = scored_class(store)
+    scores = metrics.panther_case(
+        np.isin(reference, tumor), np.isin(prediction, tumor), spacing_zyx=geometry.spacing_zyx
+    )
+    overlay = _overlay(case, logits, store, counts)
+    return _Scored(entry, {"subject": case.id, **scores}, overlay)
+
+
+def _save_probabilities(folder: Path, case: StoredCase, logits: np.ndarray, store: Store) -> None:
+    probabilities = logits_to_probabilities(logits, case.properties, store.plans, store.labels)
+    np.savez_compressed(folder / f"{case.id}.npz", probabilities=probabilities)
+    write_json(folder / f"{case.id}.json", case.properties.to_json())
+
+
+def _overlay(
+    case: StoredCase, logits: np.ndarray, store: Store, counts: Mapping[str, Any]
+) -> pictures.Overlay:
+    """The slice with most of the first class, on the network's grid."""
+    z = pictures.best_slice(case.label, store.labels.foreground_ids)
+    scores = ", ".join(
+        f"{name} {_cell(counts[metrics.class_key(value)]['Dice'])}"
+        for name, value in store.labels.classes
+    )
+    height, width = store.plans.spacing[-2:]
+    return pictures.Overlay(
+        title=f"{case.id}, slice {z}: {scores}",
+        image=np.asarray(case.image[0, z]),
+        reference=np.asarray(case.label[z]),
+        prediction=logits[:, z].argmax(0),
+        aspect=height / width,
+    )
 
 
 def validate_checkpoints(
@@ -137,18 +182,6 @@ def validate_checkpoints(
         text = results_table(store, summary)
         parts.append(f"{target} ({name} checkpoint, step {counters.step})\n{text}")
     return "\n\n".join(parts)
-
-
-def _panther(
-    store: Store, case_id: str, geometry: Geometry, reference: np.ndarray, prediction: np.ndarray
-) -> dict[str, Any]:
-    _, tumor = scored_class(store)
-    scores = metrics.panther_case(
-        np.isin(reference, tumor),
-        np.isin(prediction, tumor),
-        spacing_zyx=geometry.spacing_zyx,
-    )
-    return {"subject": case_id, **scores}
 
 
 def scored_class(store: Store) -> tuple[str, Any]:

@@ -1,9 +1,7 @@
-"""Metrics that survive a crash, durations, tables, time left, the picture."""
+"""Metrics that survive a crash, durations, tables, time left."""
 
 import json
 import math
-
-import numpy as np
 
 from panther_jax import log
 
@@ -67,28 +65,3 @@ def test_time_left_counts_steps_and_not_pauses(monkeypatch):
     now[0] += 2.0
     assert clock.end_epoch() == {"seconds": 54.0, "wait_share": round(2 / 54, 4)}
     assert clock.since_save() == 54.0
-
-
-def test_progress_picture_shows_the_curves(tmp_path):
-    rows = [
-        {
-            "epoch": e,
-            "train_loss": 1.0 - e / 10,
-            "validation_loss": None,
-            "mean_pseudo_dice": e / 10,
-            "ema": e / 12,
-            "pseudo_dice": {"tumor": None, "pancreas": 0.5},
-            "seconds": 3.0,
-            "lr": 0.01,
-        }
-        for e in range(4)
-    ]
-    log.plot_progress(rows, tmp_path / "progress.png")
-    from matplotlib import pyplot as plt
-
-    pixels = plt.imread(tmp_path / "progress.png")
-    assert pixels.shape[0] > 500 and pixels.shape[1] > 500
-    blue = (pixels[..., 2] > 0.9) & (pixels[..., 0] < 0.1) & (pixels[..., 1] < 0.1)
-    green = (pixels[..., 1] > 0.4) & (pixels[..., 0] < 0.1) & (pixels[..., 2] < 0.1)
-    assert np.count_nonzero(blue) > 100 and np.count_nonzero(green) > 100
-    assert [p.name for p in tmp_path.iterdir()] == ["progress.png"]

@@ -118,6 +118,7 @@ def test_a_run_leaves_what_the_design_promises(finished, store):
         assert sorted(p.name for p in validated.glob("*.mha")) == [f"{c}.mha" for c in cases]
         summary = json.loads((validated / "summary.json").read_text())
         assert set(summary["mean"]) == {"1", "2"}
+        assert (validated / "overlay.png").stat().st_size > 5_000
         panther = json.loads((validated / "panther.json").read_text())
         assert [c["subject"] for c in panther["per_subject"]] == list(cases)
     assert all(f"{c} " in tables for c in cases) and "validation_best" in tables
