@@ -107,7 +107,7 @@ def test_demo_changes_data_size_and_budget_only():
     assert small.augment.policy == "no_mirroring"
     da5, _ = cfg.load_config("mri_t2:aug=da5")
     assert cfg.demo(da5).augment == da5.augment
-    assert small.arch.features == (8, 16, 32) and small.data.patch_size == (16, 48, 48)
+    assert small.arch.features == (8, 16, 32, 64) and small.data.patch_size == (16, 48, 48)
     assert small.loop.total_steps < 1000 and small.init.bundle is None
 
 
