@@ -3,7 +3,7 @@
 Launch:    python -m panther_jax.train --config mri_t2.py --fold 0
 Try it:    python -m panther_jax.train --config mri_t2.py --demo
 Arguments: mri_t2.py:aug=default,epochs=1000,lr=1e-3,schedule=poly,warmup=50,init=ct
-           (aug default|da5|da5_ord0|da5_seg_ord0|no_mirroring|none;
+           (aug default|da5[_ord0|_seg_ord0]|da5_fork[_ord0|_seg_ord0]|no_mirroring|none;
            schedule poly|poly_warmup|cosine; init ct|multitalent|none)
 Expected:  tumour Dice 0.523 in five-fold cross-validation, for the challenge winner's best ensemble
            of such models (arXiv 2508.21775); a single fold of fifty cases varies a lot around it.
@@ -28,7 +28,18 @@ from panther_jax.config import (
 
 KEYS = ("aug", "epochs", "lr", "schedule", "warmup", "init")
 POLICIES = {
-    name: name for name in ("default", "da5", "da5_ord0", "da5_seg_ord0", "no_mirroring", "none")
+    name: name
+    for name in (
+        "default",
+        "da5",
+        "da5_ord0",
+        "da5_seg_ord0",
+        "da5_fork",
+        "da5_fork_ord0",
+        "da5_fork_seg_ord0",
+        "no_mirroring",
+        "none",
+    )
 }
 SCHEDULES = {"poly": "poly", "poly_warmup": "poly_warmup", "cosine": "cosine_warmup"}
 BUNDLES = {"ct": "ct_pancreas", "multitalent": "multitalent", "none": None}

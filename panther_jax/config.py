@@ -19,13 +19,18 @@ from typing import Any, Literal
 
 Policy = Literal[
     "default",
+    "no_mirroring",
+    "only_mirror_01",
+    "no_dummy_2d",
+    "seg_ord0",
+    "seg_ord0_no_mirroring",
+    "none",
     "da5",
     "da5_ord0",
     "da5_seg_ord0",
-    "seg_ord0",
-    "no_mirroring",
-    "only_mirror_01",
-    "none",
+    "da5_fork",
+    "da5_fork_ord0",
+    "da5_fork_seg_ord0",
 ]
 CheckpointName = Literal["final", "best"]
 

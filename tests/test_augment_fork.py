@@ -59,14 +59,17 @@ def test_golden_cases(golden):
         arrays = dict(stored)
     assert index
     image, label = jnp.asarray(arrays["image"]), jnp.asarray(arrays["seg"])[0]
+    of_params = {}  # image and label of one set of parameters are two entries
     for name, case in index.items():
         params = case["params"]
+        if "angles" in params and str(params) not in of_params:
+            of_params[str(params)] = spatial_result(params, image, label)
         if "angles" not in params:
             ours, tolerance = np.stack([intensity_result(params, v) for v in image]), 1e-5
         elif name.endswith("_seg"):
-            ours, tolerance = spatial_result(params, image, label)[1], 0.0
+            ours, tolerance = of_params[str(params)][1], 0.0
         else:
-            ours, tolerance = spatial_result(params, image, label)[0], 1e-4
+            ours, tolerance = of_params[str(params)][0], 1e-4
         assert list(ours.shape) == case["shape"], name
         if case["storage"] == "probe":
             # float32 sums of the statistics
@@ -275,20 +278,3 @@ def test_crop_is_the_reference_one():
     starts = {(10, 7): 1, (9, 4): 2, (10, 4): 3, (9, 7): 1, (7, 10): -2, (6, 9): -2}
     for sizes, start in starts.items():
         assert fork.crop_start(*sizes) == start
-
-
-def test_whole_batch_keeps_labels_and_background():
-    patch_size = (8, 10, 8)
-    geometry = policies.patch_geometry("da5_fork", patch_size)
-    rng = np.random.default_rng(0)
-    images = rng.standard_normal((4, *geometry.initial_patch_size, 1)).astype(np.float32)
-    labels = rng.choice([-1, 0, 3, 5], size=images.shape).astype(np.int8)
-    augment = policies.make_batch_augment(
-        "da5_fork", patch_size=patch_size, mask_channels=(0,), label_ids=(0, 3, 5)
-    )
-    compiled = quick_jit(augment)
-    image, label = compiled(jax.random.key(2), jnp.asarray(images), jnp.asarray(labels))
-    assert image.shape == (4, *patch_size, 1) and label.dtype == jnp.int8
-    assert np.isfinite(image).all() and set(np.unique(label)) == {0, 3, 5}
-    masked = np.asarray(image) == 0
-    assert 0.1 < masked.mean() < 0.4 and (np.asarray(label)[masked] == 0).mean() > 0.99

@@ -17,7 +17,6 @@ from panther_jax.augment.intensity import (
     gaussian_taps,
     low_resolution_size,
     mean_and_std,
-    varying_like,
 )
 
 # The inverse of the cubic B-spline's samples (1, 4, 1)/6 decays by this factor a voxel.
@@ -114,7 +113,8 @@ def resample_cubic(
         along, weight = tap(0, step)
         return total + weight * blend(1, along)
 
-    nothing = varying_like(jnp.zeros(grid[0].shape, volume.dtype), flat)
+    # "like": under shard_map what a loop starts from has to differ between devices, too.
+    nothing = jnp.zeros_like(flat, shape=grid[0].shape)
     total = lax.fori_loop(-1, 3, add_plane, nothing)
     return jnp.where(_between_voxels(grid, sizes), total, 0.0)
 

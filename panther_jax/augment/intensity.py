@@ -254,15 +254,6 @@ def apply_gamma(
     return (curved - new_mean) * (std / jnp.maximum(new_std, 1e-7)) + mean
 
 
-def varying_like(constant: Array, reference: Array) -> Array:
-    """Let a loop start from a constant: it differs between devices where `reference` does.
-
-    `jax.shard_map` demands it of what a loop carries; elsewhere nothing happens.
-    """
-    axes = tuple(jax.typeof(reference).vma)
-    return lax.pcast(constant, axes, to="varying") if axes else constant
-
-
 def _take_nearest(volume: Array, low_index: Array, step: Array, axis: int) -> Array:
     source = jnp.floor((low_index.astype(jnp.float32) + 0.5) * step).astype(jnp.int32)
     source = jnp.minimum(source, volume.shape[axis] - 1)

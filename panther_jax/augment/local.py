@@ -13,9 +13,11 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from panther_jax.augment.intensity import Draw, Gate, Range, sample_gated, varying_like
+from panther_jax.augment.intensity import Draw, Gate, Range, sample_gated
 
 MEDIAN_SIZES = (2, 3, 4, 5, 6, 7)
+LARGEST_NETWORK = 4
+"""Largest median window that a fixed sequence of minima and maxima selects from."""
 MAX_RECTANGLES = 4
 
 
@@ -56,22 +58,63 @@ def median_filter(volume: Float[Array, "*spatial"], size: int) -> Float[Array, "
     An even window reaches one voxel further down than up.
     """
     before, after = size // 2, size - 1 - size // 2
-    padded = _ordered_bits(jnp.pad(volume, (before, after), mode="symmetric"))
-    rank = size**volume.ndim // 2
+    padded = jnp.pad(volume, (before, after), mode="symmetric")
+    if size <= LARGEST_NETWORK:
+        return _median_by_network(padded, volume.shape, size)
+    return _median_by_bisection(padded, volume.shape, size)
+
+
+def _median_by_network(padded: Array, shape: tuple[int, ...], size: int) -> Array:
+    values = [padded[_window_part(offset, shape)] for offset in np.ndindex(*(size,) * len(shape))]
+    rank = len(values) // 2
+    for low, high in _selection_network(len(values), rank):
+        pair = values[low], values[high]
+        values[low], values[high] = jnp.minimum(*pair), jnp.maximum(*pair)
+    return values[rank]
+
+
+def _window_part(offset: tuple[int, ...], shape: tuple[int, ...]) -> tuple[slice, ...]:
+    return tuple(slice(o, o + n) for o, n in zip(offset, shape, strict=True))
+
+
+def _selection_network(count: int, rank: int) -> list[tuple[int, int]]:
+    """Pairs to put in order, one after the other, so that the `rank`-th smallest is in its place.
+
+    Batcher's odd-even merge sort, without what the wanted place does not depend on.
+    """
+    length = 1 << (count - 1).bit_length()
+    pairs = []
+    for block in (1 << n for n in range(length.bit_length() - 1)):
+        for step in (block >> n for n in range(block.bit_length())):
+            pairs += [
+                (i + j, i + j + step)
+                for j in range(step % block, length - step, 2 * step)
+                for i in range(min(step, length - step - j))
+                if (i + j) // (2 * block) == (i + j + step) // (2 * block)
+            ]
+    wanted, kept = {rank}, []
+    for low, high in reversed(pairs):
+        if high < count and (low in wanted or high in wanted):
+            wanted |= {low, high}
+            kept.append((low, high))
+    return kept[::-1]
+
+
+def _median_by_bisection(padded: Array, shape: tuple[int, ...], size: int) -> Array:
+    # The smallest value with more than `rank` voxels up to it: exact, and without the size^3
+    # copies of the volume that sorting would take.
+    padded, rank = _ordered_bits(padded), size ** len(shape) // 2
 
     def count_up_to(threshold):
         def add_plane(first, count):
-            plane = lax.dynamic_slice_in_dim(padded, first, volume.shape[0], axis=0)
-            for offset in np.ndindex(*(size,) * (volume.ndim - 1)):
-                where = [slice(o, o + n) for o, n in zip(offset, volume.shape[1:], strict=True)]
-                count = count + (plane[(slice(None), *where)] <= threshold)
+            plane = lax.dynamic_slice_in_dim(padded, first, shape[0], axis=0)
+            for offset in np.ndindex(*(size,) * (len(shape) - 1)):
+                count = count + (plane[:, *_window_part(offset, shape[1:])] <= threshold)
             return count
 
-        nothing = varying_like(jnp.zeros(volume.shape, jnp.int32), volume)
-        return lax.fori_loop(0, size, add_plane, nothing)
+        # "like": under shard_map what a loop starts from has to differ between devices, too.
+        return lax.fori_loop(0, size, add_plane, jnp.zeros_like(threshold))
 
-    # Bisection for the smallest value with more than `rank` voxels up to it: exact, and without
-    # the size^3 copies of the volume that sorting would take.
     def halve(_, bounds):
         low, high = bounds
         middle = (low & high) + ((low ^ high) >> 1)
@@ -79,11 +122,8 @@ def median_filter(volume: Float[Array, "*spatial"], size: int) -> Float[Array, "
         return jnp.where(enough, low, middle + 1), jnp.where(enough, middle, high)
 
     limits = np.iinfo(np.int32)
-    start = [
-        varying_like(jnp.full(volume.shape, limit, jnp.int32), volume)
-        for limit in (limits.min, limits.max)
-    ]
-    return _from_ordered_bits(lax.fori_loop(0, 32, halve, tuple(start))[0])
+    start = tuple(jnp.full_like(padded, x, shape=shape) for x in (limits.min, limits.max))
+    return _from_ordered_bits(lax.fori_loop(0, 32, halve, start)[0])
 
 
 def sample_rectangles(

@@ -303,10 +303,10 @@ def apply_spatial(
     def resample(volumes, label):
         shape = label.shape[1:] if dummy_2d else label.shape
         grid = sampling_grid(how.matrix(draw.angles, draw.scales), shape, in_plane_size, offsets)
-        of_channel, of_label = partial(how.image, grid=grid), partial(how.label, grid=grid)
+        of_channel, of_label = how.image, how.label
         if dummy_2d:
-            of_channel, of_label = jax.vmap(of_channel), jax.vmap(of_label)
-        return tuple(of_channel(volume) for volume in volumes), of_label(label)
+            of_channel, of_label = (jax.vmap(f, (0, None)) for f in (of_channel, of_label))
+        return tuple(of_channel(volume, grid) for volume in volumes), of_label(label, grid)
 
     def crop(volumes, label):
         cut = partial(centre_crop, patch_size=patch_size, start_of=how.crop_start)
