@@ -108,6 +108,8 @@ class Checkpoints:
         import orbax.checkpoint as ocp
 
         step = counters.step
+        # When the disk is full, writers that fail beside the first would each print a traceback.
+        logging.getLogger("asyncio").setLevel(logging.CRITICAL)
         try:
             with self._manager(kind) as manager:
                 if step in manager.all_steps():
