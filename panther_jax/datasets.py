@@ -1,7 +1,8 @@
-"""Raw datasets in nnU-Net layout: make phantoms, check what is there.
+"""Raw datasets in nnU-Net layout: make phantoms, convert downloads, merge, check what is there.
 
 ``python -m panther_jax.datasets phantom --out RAW`` draws a procedural abdomen, so that everything
-runs with no download; ``python -m panther_jax.datasets check RAW`` lists every broken case.
+runs with no download; ``… panther|msd|panorama --source DIR --out RAW`` convert archives, ``…
+merge`` puts datasets together, ``… check RAW`` lists every broken case.
 """
 
 import argparse
@@ -16,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from panther_jax import command, imageio, phantom
+from panther_jax import command, converters, imageio, phantom
 from panther_jax.imageio import Case, DatasetError, RawCase
 from panther_jax.log import duration, table, write_json
 from panther_jax.plans import Labels, PlansError
@@ -190,7 +191,7 @@ def _check_case(raw_case: RawCase, labels: Labels) -> CaseReport:
     except (DatasetError, PlansError, FileNotFoundError) as error:
         return CaseReport(raw_case.id, (str(error),), {})
     assert case.label is not None, raw_case.id
-    values, counts = np.unique(case.label, return_counts=True)
+    values, counts = imageio.label_values(case.label)
     problems = [
         f"channel {c} is constant ({float(channel.flat[0]):g}): {raw_case.images[c]}"
         for c, channel in enumerate(case.image)
@@ -227,7 +228,10 @@ def report_text(report: DatasetReport) -> str:
             low, high = np.min(values, axis=0), np.max(values, axis=0)
             lines.append(f"{what} z y x: {_numbers(low)} to {_numbers(high)}")
     if report.without_foreground:
-        lines.append(f"without foreground: {', '.join(report.without_foreground[:MAX_LISTED])}")
+        lines.append(
+            f"without foreground: {', '.join(report.without_foreground[:MAX_LISTED])} (background "
+            "alone; --allow-empty if that is meant)"
+        )
     problems = [*report.problems, *(f"{c.id}: {p}" for c in report.broken for p in c.problems)]
     lines += problems[:MAX_LISTED]
     if len(problems) > MAX_LISTED:
@@ -254,10 +258,63 @@ def _parser() -> argparse.ArgumentParser:
     make.add_argument("--size", choices=("small", "full"), default="small")
     make.add_argument("--labels", type=Path, help="label maps (PANORAMA coding) to draw around")
     make.add_argument("--overwrite", action="store_true", help="replace the folder")
+    _add_converters(actions)
     check = actions.add_parser("check", help="verify a dataset, list every broken case")
     check.add_argument("raw", type=Path, help="raw dataset folder")
     check.add_argument("--output", type=Path, help="write the whole report as JSON")
+    empty_help = "label maps of background alone are sound"
+    check.add_argument("--allow-empty", action="store_true", help=empty_help)
+    for action in actions.choices.values():  # accepted after the action's name, too
+        action.add_argument("--quiet", action="store_true", default=argparse.SUPPRESS)
+        action.add_argument("--debug", action="store_true", default=argparse.SUPPRESS)
     return parser
+
+
+def _add_converters(actions: Any) -> None:
+    panther = actions.add_parser("panther", help="the challenge's download, one task of it")
+    panther.add_argument("--task", choices=("t1", "t2"), required=True)
+    msd = actions.add_parser("msd", help="Medical Segmentation Decathlon, Task07 Pancreas")
+    panorama = actions.add_parser("panorama", help="PANORAMA, scans and label repository")
+    panorama.add_argument("--manual-only", action="store_true", help="leave automatic labels out")
+    merge = actions.add_parser("merge", help="several raw datasets as one, with its splits")
+    merge.add_argument("--inputs", type=Path, nargs="+", required=True, metavar="RAW")
+    merge.add_argument("--tumor-only", action="store_true", help="all but the tumor is background")
+    in_all_help = "cases of task 1 (..._0001) train in every fold, validate in none"
+    merge.add_argument("--task1-in-all", action="store_true", help=in_all_help)
+    for parser in (panther, msd, panorama):
+        parser.add_argument("--source", type=Path, required=True, help="folder of the download")
+    for parser in (panther, msd, panorama, merge):
+        parser.add_argument("--out", type=Path, required=True, help="folder of the new dataset")
+        parser.add_argument("--link", action="store_true", help="hard-link images, do not copy")
+        workers_help = "processes (default: %(default)s)"
+        parser.add_argument("--workers", type=int, default=1, help=workers_help)
+        parser.add_argument("--overwrite", action="store_true", help="replace the folder")
+
+
+def _convert(arguments: argparse.Namespace) -> str:
+    if arguments.workers < 0:
+        raise command.UsageError(f"--workers must not be negative, found {arguments.workers}")
+    if arguments.action == "panther":
+        conversion = converters.panther_source(arguments.source, arguments.task)
+    elif arguments.action == "msd":
+        conversion = converters.msd_source(arguments.source)
+    elif arguments.action == "panorama":
+        conversion = converters.panorama_source(arguments.source, manual_only=arguments.manual_only)
+    else:
+        conversion = converters.merged_source(
+            arguments.inputs,
+            tumor_only=arguments.tumor_only,
+            task1_in_all=arguments.task1_in_all,
+        )
+    converters.convert(
+        conversion,
+        arguments.out,
+        link=arguments.link,
+        workers=arguments.workers,
+        overwrite=arguments.overwrite,
+        progress=_lines("converted"),
+    )
+    return str(arguments.out)
 
 
 def _lines(what: str) -> Progress:
@@ -285,11 +342,14 @@ def _run(arguments: argparse.Namespace) -> str:
             progress=_lines("made"),
         )
         return str(arguments.out)
+    if arguments.action != "check":
+        return _convert(arguments)
     report = check_dataset(arguments.raw, progress=_lines("checked"))
     if arguments.output is not None:
         write_json(arguments.output, report.to_json())
     text = report_text(report)
-    if report.broken or report.problems:
+    empty = () if arguments.allow_empty else report.without_foreground
+    if report.broken or report.problems or empty:
         raise DatasetError(f"{arguments.raw} is not sound\n{text}")
     return text
 

@@ -4,7 +4,7 @@ Voxels stay on the grid they are stored on: arrays are z, y, x (the reverse of I
 and direction and origin are carried along, never applied (spec 02 §1.3).
 """
 
-import gzip
+import json
 import logging
 import math
 import os
@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float32, Int, Integer, Num
 
+from panther_jax.completeness import count_not_finite, require_complete
 from panther_jax.plans import Geometry, Labels, read_json
 
 GEOMETRY_TOLERANCES = (1e-3, 1e-3, 1e-4)  # spacing mm, origin mm, direction
@@ -32,11 +33,8 @@ EXAMPLE_JSON = (
     '"numTraining": 50, "file_ending": ".mha"}'
 )
 MAX_LISTED = 20
-GIPL_HEADER_BYTES = 256
-NIFTI2_HEADER_BYTES = 540
-# Format and offset of dim, pixdim, vox_offset, bitpix.
-NIFTI1_LAYOUT = (("8h", 40), ("8f", 76), ("f", 108), ("h", 72))
-NIFTI2_LAYOUT = (("8q", 16), ("8d", 104), ("q", 168), ("h", 14))
+MAX_COUNTED = 1 << 16
+COUNTED_AT_ONCE = 1 << 20
 # spec 02 §1.3: a 2-D image becomes one slice, so thick that resampling leaves its axis alone.
 SLICE_THICKNESS_FACTOR = 999.0
 
@@ -149,6 +147,23 @@ def read_label(path: Path) -> tuple[Int[np.ndarray, "z y x"], Geometry]:
     )
 
 
+def label_values(
+    label: Integer[np.ndarray, "z y x"],
+) -> tuple[Integer[np.ndarray, " value"], Integer[np.ndarray, " value"]]:
+    """List the values of a label map, ascending, and their numbers of voxels.
+
+    As ``numpy.unique``, which sorts all voxels, but counting: label values are small.
+    """
+    low, high = int(label.min()), int(label.max())
+    if high - low > MAX_COUNTED:
+        return np.unique(label, return_counts=True)
+    counts = np.zeros(high - low + 1, np.int64)
+    for part in np.array_split(label.reshape(-1), label.size // COUNTED_AT_ONCE + 1):
+        counts += np.bincount(part.astype(np.intp) - low, minlength=counts.size)
+    values = np.flatnonzero(counts)
+    return values + low, counts[values]
+
+
 def _read_array(path: Path) -> tuple[np.ndarray, Geometry]:
     import SimpleITK as sitk
 
@@ -165,10 +180,13 @@ def _read_array(path: Path) -> tuple[np.ndarray, Geometry]:
     try:
         reader.ReadImageInformation()
         _require_scalar_3d(reader, path)
-        _require_complete(reader, path)
+        require_complete(reader, path)
         image = reader.Execute()
+        num_lost = count_not_finite(path)
     except (RuntimeError, OSError, EOFError, struct.error, zlib.error) as error:
         raise DatasetError(_unreadable(path, str(error))) from None
+    if num_lost:
+        raise _not_finite(path, num_lost, math.prod(image.GetSize()))
     return _with_geometry(sitk.GetArrayFromImage(image), image, path)
 
 
@@ -201,73 +219,6 @@ def _require_scalar_3d(reader: Any, path: Path) -> None:
         raise DatasetError(f"{path}: the image is empty, size {size}\n  Export it again.")
 
 
-def _require_complete(reader: Any, path: Path) -> None:
-    # ITK fills what a cut file lacks with zeros, in most formats without an error: count first.
-    import SimpleITK as sitk
-
-    voxel = sitk.Image([1, 1], reader.GetPixelID()).GetSizeOfPixelComponent()
-    voxel_bytes = math.prod(reader.GetSize()) * voxel
-    name = path.name.lower()
-    if name.endswith(".mha"):
-        needed, found = _mha_bytes(path, voxel_bytes)
-    elif name.endswith((".nii", ".nii.gz")):
-        needed, found = _nifti_bytes(path)
-    elif name.endswith(".gipl"):
-        needed, found = GIPL_HEADER_BYTES + voxel_bytes, path.stat().st_size
-    else:
-        return
-    if found < needed:
-        raise RuntimeError(f"the file is cut: {found} of {needed} bytes are there")
-
-
-def _mha_bytes(path: Path, voxel_bytes: int) -> tuple[int, int]:
-    """Bytes of voxels that the header announces, and that follow it."""
-    fields = {}
-    with path.open("rb") as file:
-        while "ElementDataFile" not in fields and (line := file.readline(1 << 16)):
-            key, _, value = line.decode("latin1").partition("=")
-            fields[key.strip()] = value.strip()
-        offset = file.tell()
-    if fields.get("ElementDataFile") != "LOCAL" or "HeaderSize" in fields:
-        return 0, 0
-    is_compressed = fields.get("CompressedData", "False").casefold() == "true"
-    needed = int(fields.get("CompressedDataSize", 0)) if is_compressed else voxel_bytes
-    return needed, path.stat().st_size - offset
-
-
-def _nifti_bytes(path: Path) -> tuple[int, int]:
-    """Bytes that the header announces, itself included, and that are there, decompressed."""
-    with path.open("rb") as file:
-        is_gzip = file.read(2) == b"\x1f\x8b"
-    with gzip.open(path, "rb") if is_gzip else path.open("rb") as file:
-        header = file.read(NIFTI2_HEADER_BYTES)
-    order = "<" if header[0] in (348 & 255, NIFTI2_HEADER_BYTES & 255) else ">"
-    is_nifti2 = struct.unpack_from(order + "i", header)[0] == NIFTI2_HEADER_BYTES
-    layout = NIFTI2_LAYOUT if is_nifti2 else NIFTI1_LAYOUT
-    dim, pixdim, offset, bits = (struct.unpack_from(order + f, header, at) for f, at in layout)
-    # ITK takes 1 mm where the header says 0 or NaN.
-    if not all(0 < abs(p) < math.inf for p in pixdim[1 : 1 + min(dim[0], 3)]):
-        raise RuntimeError(f"spacing {_numbers(pixdim[3:0:-1])} mm (z y x) is not positive")
-    needed = int(offset[0]) + math.prod(dim[1 : 1 + dim[0]]) * bits[0] // 8
-    return needed, _gzip_bytes(path, needed) if is_gzip else path.stat().st_size
-
-
-def _gzip_bytes(path: Path, needed: int) -> int:
-    with path.open("rb") as file:
-        file.seek(-4, os.SEEK_END)
-        # A gzip member ends with its length: right at once, but for files of several members.
-        if struct.unpack("<I", file.read(4))[0] == needed % (1 << 32):
-            return needed
-    found = 0
-    try:
-        with gzip.open(path, "rb") as file:
-            while block := file.read1(1 << 20):
-                found += len(block)
-    except (EOFError, OSError, zlib.error):
-        logger.debug("%s: gzip stream ends after %d bytes", path, found)
-    return found
-
-
 def _unreadable(path: Path, error: str) -> str:
     # The last line of ITK's message says what happened; the rest names C++ sources.
     lines = [line.strip() for line in error.splitlines() if line.strip()]
@@ -284,10 +235,14 @@ def _unreadable(path: Path, error: str) -> str:
 def _require_finite(array: np.ndarray, path: Path) -> None:
     finite = np.isfinite(array)
     if not finite.all():
-        raise DatasetError(
-            f"{path}: {int((~finite).sum())} of {array.size} voxels are NaN or infinite"
-            "\n  Replace them (by the background's value), or export the image again."
-        )
+        raise _not_finite(path, int((~finite).sum()), array.size)
+
+
+def _not_finite(path: Path, count: int, size: int) -> DatasetError:
+    return DatasetError(
+        f"{path}: {count} of {size} voxels are NaN or infinite"
+        "\n  Replace them (by the background's value), or export the image again."
+    )
 
 
 def _check_channel(first: Geometry, other: Geometry, first_path: Path, path: Path) -> None:
@@ -444,8 +399,7 @@ def scan_raw(folder: Path) -> tuple[RawDataset, Problems]:
         raise FileNotFoundError(
             f"{folder} is not a folder; expected a raw dataset with dataset.json and imagesTr"
         )
-    dataset = read_json(folder / "dataset.json")
-    _check_dataset_json(dataset, folder / "dataset.json")
+    dataset = read_dataset_json(folder / "dataset.json")
     labels = Labels.from_dataset_json(dataset)
     if dataset.get("dataset"):
         cases, problems = _listed_cases(folder, dataset["dataset"])
@@ -488,7 +442,7 @@ def read_case(raw_case: RawCase, labels: Labels) -> Case:
     check_geometry(
         raw_case.id, label_geometry, geometry, paths=(raw_case.label, raw_case.images[0])
     )
-    unknown = sorted(set(np.unique(label).tolist()) - set(labels.allowed_values))
+    unknown = sorted(set(label_values(label)[0].tolist()) - set(labels.allowed_values))
     if unknown:
         counts = ", ".join(f"{v} ({int((label == v).sum())} voxels)" for v in unknown[:10])
         raise DatasetError(
@@ -503,9 +457,51 @@ def _channel_names(dataset: Mapping[str, Any]) -> Mapping[str, Any]:
     return dataset.get("channel_names", dataset.get("modality", {}))
 
 
-def _check_dataset_json(dataset: Any, path: Path) -> None:
+def read_dataset_json(path: Path) -> dict[str, Any]:
+    """Read and check a ``dataset.json``.
+
+    Raises:
+        FileNotFoundError, PlansError: if it is missing or not JSON.
+        DatasetError: naming every missing key and every name or label that occurs twice.
+    """
+    dataset = read_json(path)
     if not isinstance(dataset, dict):
         raise DatasetError(f"{path}: expected a JSON object, found {type(dataset).__name__}")
+    problems = [*_repeated(path), *_dataset_json_problems(dataset)]
+    if problems:
+        raise DatasetError("\n  ".join([f"{path}:", *problems, f"Example: {EXAMPLE_JSON}"]))
+    return dataset
+
+
+def _repeated(path: Path) -> list[str]:
+    """Names that occur twice in one object; JSON readers keep the last without a word."""
+    found: list[str] = []
+
+    def keep(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        names = [name for name, _ in pairs]
+        twice = sorted({n for n in names if names.count(n) > 1})
+        found.extend(f"{n!r} occurs twice in one object; keep one of them" for n in twice)
+        return dict(pairs)
+
+    json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=keep)
+    return found
+
+
+def _shared_values(labels: Any) -> list[str]:
+    """Labels of equal value under different names: the files cannot tell them apart."""
+    if not isinstance(labels, Mapping):
+        return []
+    by_value: dict[str, list[str]] = {}
+    for name, value in labels.items():
+        by_value.setdefault(json.dumps(value), []).append(str(name))
+    return [
+        f"labels {' and '.join(names)} share the value {value}; give each its own"
+        for value, names in by_value.items()
+        if len(names) > 1
+    ]
+
+
+def _dataset_json_problems(dataset: Mapping[str, Any]) -> list[str]:
     present = {*dataset, *(["channel_names"] if "modality" in dataset else [])}
     problems = [f"key {k!r} is missing" for k in REQUIRED_KEYS if k not in present]
     names = _channel_names(dataset)
@@ -522,8 +518,7 @@ def _check_dataset_json(dataset: Any, path: Path) -> None:
             f"'overwrite_image_reader_writer' is {reader!r}; only SimpleITKIO is supported, which "
             "does not reorient: convert the images and remove the entry"
         )
-    if problems:
-        raise DatasetError("\n  ".join([f"{path}:", *problems, f"Example: {EXAMPLE_JSON}"]))
+    return problems + _shared_values(dataset.get("labels"))
 
 
 def _listed_cases(folder: Path, entries: Any) -> tuple[tuple[RawCase, ...], Problems]:

@@ -20,6 +20,7 @@ from panther_jax import store as store_files
 from panther_jax.config import load_config
 from panther_jax.cropping import OUTSIDE, crop_to_nonzero
 from panther_jax.imageio import Case, RawCase, RawDataset, open_raw, read_case
+from panther_jax.label_resampling import resample_label
 from panther_jax.planning import fingerprint_if_needed, plans_from_config
 from panther_jax.plans import (
     Geometry,
@@ -30,7 +31,7 @@ from panther_jax.plans import (
     Properties,
     read_json,
 )
-from panther_jax.resampling import resample_image, resample_label, target_shape
+from panther_jax.resampling import resample_image, target_shape
 from panther_jax.store import StoredCase
 from panther_jax.workers import Failure, map_cases
 
@@ -186,15 +187,20 @@ def preprocess_case(case: Case, plans: Plans, labels: Labels) -> StoredCase:
     if case.label is None:
         raise ValueError(f"case {case.id!r} has no label map; training needs one")
     prepared = _prepare(case.image, case.label, case.geometry, plans)
-    label = resample_label(prepared.label, resampler=plans.resampling_label, **prepared.resampling)
-    label = label.astype(np.int16 if label.max() > 127 else np.int8)
+    label = _narrow(prepared.label)
+    label = resample_label(label, resampler=plans.resampling_label, **prepared.resampling)
     return StoredCase(
         id=case.id,
         image=_resampled_image(prepared, plans),
-        label=label,
+        label=_narrow(label),
         locations=class_locations(label, labels),
         properties=prepared.properties,
     )
+
+
+def _narrow(label: np.ndarray) -> np.ndarray:
+    dtype = np.int16 if label.max() > np.iinfo(np.int8).max else np.int8
+    return label.astype(dtype, copy=False)
 
 
 def _prepare(
@@ -319,10 +325,8 @@ def _all_broken(broken: Sequence[tuple[str, str]], num_cases: int) -> str:
 
 # -------------------------------------------------------------------------------------- command
 
-EXAMPLE = """example:
-  python -m panther_jax.preprocess --raw data/raw/Dataset901_PANTHER \\
-      --config mri_t1 --out data/store/Dataset901_PANTHER/plans_3d --workers 4
-"""
+EXAMPLE = """python -m panther_jax.preprocess --raw data/raw/Dataset901_PANTHER \\
+      --config mri_t1 --out data/store/Dataset901_PANTHER/plans_3d --workers 4"""
 
 
 def _parser() -> argparse.ArgumentParser:

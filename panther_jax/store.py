@@ -20,6 +20,9 @@ from typing import IO, Any, Literal
 import numpy as np
 from jaxtyping import Float32, Integer
 
+from panther_jax import nnunet_store
+from panther_jax.imageio import label_values
+from panther_jax.nnunet_store import NnunetFolder, StoreError
 from panther_jax.plans import Labels, LabelValue, Plans, Properties, read_json
 
 FORMAT_VERSION = 1
@@ -36,10 +39,6 @@ logger = logging.getLogger("panther_jax")
 
 Split = tuple[tuple[str, ...], tuple[str, ...]]
 """Training and validation case ids."""
-
-
-class StoreError(ValueError):
-    """A store, a stored case or a split file that cannot be used; the message names the file."""
 
 
 class StoreWriteError(OSError):
@@ -63,16 +62,25 @@ class StoredCase:
 
 @dataclass(frozen=True)
 class Store:
-    """An opened store; ``case_ids`` are sorted."""
+    """An opened store; ``case_ids`` are sorted. ``nnunet`` is set if nnU-Net made the folder."""
 
     folder: Path
     plans: Plans
     labels: Labels
     dataset: dict[str, Any]
     case_ids: tuple[str, ...]
+    nnunet: NnunetFolder | None = None
+
+    @property
+    def splits_file(self) -> Path:
+        """The splits: in the store, for nnU-Net's folders beside it."""
+        folder = self.folder if self.nnunet is None else self.folder.parent
+        return folder / SPLITS
 
     def reference(self, case_id: str) -> Path:
         """The raw label map of a case, which validation compares with."""
+        if self.nnunet is not None:
+            return nnunet_store.reference_file(self.nnunet, case_id)
         return self.folder / REFERENCES / f"{case_id}{self.dataset['file_ending']}"
 
 
@@ -82,14 +90,18 @@ class Store:
 def open_store(folder: Path) -> Store:
     """Read the store's plans, dataset.json and list of cases; no arrays.
 
+    A folder that nnU-Net preprocessed is a store too.
+
     Raises:
         FileNotFoundError: if the folder or one of its JSON files is missing.
         StoreError: if it holds no case.
     """
     folder = Path(folder)
     if not (folder / PLANS).is_file():
+        if nnunet_store.is_nnunet_folder(folder):
+            return _nnunet_store(nnunet_store.open_folder(folder))
         raise FileNotFoundError(
-            f"{folder} is not a store: it has no {PLANS}\n"
+            f"{folder} is not a store: it has no {PLANS}, and no cases of nnU-Net\n"
             "  Make it with: python -m panther_jax.preprocess --raw RAW --out STORE --config FILE"
         )
     dataset = read_json(folder / DATASET)
@@ -105,6 +117,11 @@ def open_store(folder: Path) -> Store:
     )
 
 
+def _nnunet_store(source: NnunetFolder) -> Store:
+    labels = Labels.from_dataset_json(source.dataset)
+    return Store(source.folder, source.plans, labels, source.dataset, source.case_ids, source)
+
+
 def stored_ids(folder: Path) -> tuple[str, ...]:
     """Ids of the cases that have a JSON, sorted."""
     names = (p.name for p in folder.glob("*.json"))
@@ -114,9 +131,14 @@ def stored_ids(folder: Path) -> tuple[str, ...]:
 def read_stored(store: Store, case_id: str, *, resident: bool) -> StoredCase:
     """Read one case: into memory if ``resident``, else memory-mapped, read-only.
 
+    Compressed files of nnU-Net cannot be mapped and are read into memory always.
+
     Raises:
         StoreError: if a file is missing, truncated, or not the array that the case's JSON names.
     """
+    if store.nnunet is not None:
+        found = nnunet_store.read_folder_case(store.nnunet, case_id, resident=resident)
+        return StoredCase(case_id, found.image, found.label, found.locations, found.properties)
     entry = _read_entry(store.folder, case_id)
     arrays = {}
     for name in ("image", "label"):
@@ -131,7 +153,11 @@ def read_stored(store: Store, case_id: str, *, resident: bool) -> StoredCase:
 
 
 def voxel_counts(store: Store, case_id: str) -> dict[int, int]:
-    """Voxels of each value in a stored label map, without reading it."""
+    """Voxels of each value in a stored label map, without reading it (nnU-Net's are read)."""
+    if store.nnunet is not None:
+        label = nnunet_store.read_folder_case(store.nnunet, case_id, resident=False).label
+        values, numbers = label_values(label)
+        return {int(value): int(n) for value, n in zip(values, numbers, strict=True)}
     counts = _read_entry(store.folder, case_id)["voxel_counts"]
     return {int(value): int(count) for value, count in counts.items()}
 
@@ -248,7 +274,7 @@ def write_stored(
 
 
 def _entry(case: StoredCase, files: Mapping[str, tuple[Path, int]]) -> dict[str, Any]:
-    values, counts = np.unique(case.label, return_counts=True)
+    values, counts = label_values(case.label)
     return {
         "version": FORMAT_VERSION,
         "case": case.id,
@@ -464,17 +490,32 @@ def write_splits(raw_folder: Path, folder: Path, case_ids: Sequence[str]) -> Non
     Raises:
         StoreError: if the store has splits that differ from the raw dataset's.
     """
-    given, target = raw_folder / SPLITS, folder / SPLITS
-    if given.is_file():
-        splits = read_splits(given)
-        if target.is_file():
-            _check_same_splits(splits, read_splits(target), given, target)
-            return
-    elif target.is_file() or len(case_ids) < NUM_FOLDS:
+    target = folder / SPLITS
+    if copy_splits(raw_folder, folder) or target.is_file() or len(case_ids) < NUM_FOLDS:
         return
+    write_json(target, splits_to_json(make_splits(case_ids)))
+
+
+def copy_splits(raw_folder: Path, folder: Path) -> bool:
+    """Copy the raw dataset's splits, if it has any, and tell whether it has.
+
+    Raises:
+        StoreError: if ``folder`` has splits that differ from the raw dataset's.
+    """
+    given, target = raw_folder / SPLITS, folder / SPLITS
+    if not given.is_file():
+        return False
+    splits = read_splits(given)
+    if target.is_file():
+        _check_same_splits(splits, read_splits(target), given, target)
     else:
-        splits = make_splits(case_ids)
-    write_json(target, [{"train": list(train), "val": list(val)} for train, val in splits])
+        write_json(target, splits_to_json(splits))
+    return True
+
+
+def splits_to_json(splits: Sequence[Split]) -> list[dict[str, list[str]]]:
+    """Splits as the content of a ``splits_final.json``."""
+    return [{"train": list(train), "val": list(val)} for train, val in splits]
 
 
 def _check_same_splits(
@@ -502,7 +543,7 @@ def fold_cases(store: Store, fold: int | Literal["all"]) -> Split:
         return store.case_ids, store.case_ids
     if fold < 0:
         raise StoreError(f"fold must be 'all' or at least 0, found {fold}")
-    path = store.folder / SPLITS
+    path = store.splits_file
     splits = read_splits(path) if path.is_file() else make_splits(store.case_ids)
     if fold >= len(splits):
         logger.info("fold %d is not in %s: drawing 80 %% of the cases", fold, path)

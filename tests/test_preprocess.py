@@ -12,9 +12,11 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy import ndimage
 
 from panther_jax import cropping, preprocess, store
 from panther_jax.imageio import Case, open_raw, read_case, write_image, write_label
+from panther_jax.label_resampling import resample_label
 from panther_jax.plans import (
     ArchSpec,
     Geometry,
@@ -23,7 +25,6 @@ from panther_jax.plans import (
     Plans,
     Resampler,
 )
-from panther_jax.resampling import resample_label
 
 IDENTITY = (1.0, 0.0, 0.0, 0.0, 1.0, 0.0, 0.0, 0.0, 1.0)
 LABELS = Labels((("background", 0), ("tumor", 1), ("pancreas", 2)))
@@ -371,6 +372,54 @@ def test_what_preprocessing_remembers_leads_back(
     raw = raw.transpose(plans.transpose_backward)
     assert raw.shape == shape
     np.testing.assert_array_equal(raw > 0, image[0] != 0)
+
+
+@given(
+    st.integers(0, 1000),
+    st.tuples(*[st.integers(6, 12)] * 3),
+    st.tuples(*[st.sampled_from([1.0, 1.7, 2.6])] * 3),
+    st.permutations([0, 1, 2]),
+    st.booleans(),
+)
+@settings(max_examples=20, deadline=None)
+def test_labels_come_back_from_a_finer_grid(
+    seed: int, shape: tuple[int, int, int], spacing: Any, forward: list[int], torch: bool
+) -> None:
+    random = np.random.default_rng(seed)
+    image = random.uniform(1, 2, (1, *shape)).astype(np.float32)
+    image[:, 0], image[:, :, :, -1] = 0, 0  # a border that the crop takes away
+    label = np.zeros(shape, np.int16)
+    for value in (2, 1):
+        corner = [int(random.integers(1, n // 2)) for n in shape]
+        label[tuple(slice(c, c + 3) for c in corner)] = value
+    label[:, :, -1] = 0
+    kind = TORCH if torch else SPLINE
+    plans = make_plans(
+        transpose_forward=tuple(forward),
+        spacing=(0.9, 0.7, 0.8),
+        resampling_image=kind,
+        resampling_label=kind,
+    )
+    case = Case("c", image, label, make_geometry(shape, spacing))
+    stored = preprocess.preprocess_case(case, plans, LABELS)
+    properties = stored.properties
+    assert properties.geometry == case.geometry
+    back = resample_label(
+        stored.label,
+        properties.shape_before_resampling,
+        kind,
+        spacing=plans.spacing,
+        new_spacing=tuple(spacing[a] for a in forward),
+    )
+    raw = np.zeros(properties.shape_before_crop, np.int16)
+    raw[tuple(slice(low, high) for low, high in properties.crop_box)] = np.maximum(back, 0)
+    raw = raw.transpose(plans.transpose_backward)
+    assert raw.shape == shape
+    # a voxel like all its neighbours is restored; at edges of a box interpolation may decide anew
+    inner = ndimage.minimum_filter(label, 3) == ndimage.maximum_filter(label, 3)
+    assert inner.any()
+    np.testing.assert_array_equal(raw[inner], label[inner])
+    assert np.mean(raw != label) <= 0.1
 
 
 def test_store_holds_every_case(raw_folder: Path, tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import ndimage
 
+from panther_jax.label_resampling import resample_label
 from panther_jax.plans import Resampler
 from panther_jax.resampling import (
     apply_on_device,
@@ -17,7 +18,6 @@ from panther_jax.resampling import (
     axis_operator,
     image_operators,
     resample_image,
-    resample_label,
     resample_logits,
     separate_axis,
     target_shape,
@@ -244,7 +244,7 @@ def test_label_in_slabs_is_the_label_at_once(monkeypatch: pytest.MonkeyPatch) ->
             whole = resample_label(label, shape, kind, **ISOTROPIC)
             assert set(np.unique(whole)) == {-1, 0, 2, 300}
             with monkeypatch.context() as patched:
-                patched.setattr("panther_jax.resampling.SLAB_VOXELS", 500)
+                patched.setattr("panther_jax.label_resampling.SLAB_VOXELS", 500)
                 slabs = resample_label(label, shape, kind, **ISOTROPIC)
             np.testing.assert_array_equal(slabs, whole)
 
