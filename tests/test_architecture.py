@@ -32,9 +32,10 @@ LEVELS = (
 RANK = {name: i for i, name in enumerate(n for level in LEVELS for n in level)}
 ENDS = {"train", "predict", "evaluate", "report"}  # imported by the last row only
 JAX_FREE = (
-    "architecture", "plans", "log", "pictures", "command", "places", "config", "imageio", "metrics", "store",
-    "nnunet_store", "workers", "cropping", "preprocess", "planner", "panther_plans", "planning",
-    "completeness", "converters", "phantom", "datasets", "resampling", "label_resampling", "runs",
+    "architecture", "plans", "log", "pictures", "command", "places", "config", "imageio",
+    "metrics", "store", "nnunet_store", "workers", "cropping", "preprocess", "planner",
+    "panther_plans", "planning", "completeness", "converters", "phantom", "datasets",
+    "resampling", "label_resampling", "runs",
 )  # fmt: skip
 FLAX_FREE = ("batches", "inference", "losses", "optim", "augment.policies")
 LAZY = {"SimpleITK", "grain", "tyro", "matplotlib", "skimage", "orbax", "safetensors", "rich"}
