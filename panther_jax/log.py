@@ -196,6 +196,15 @@ def tensorboard_writer(folder: Path) -> Any:
     return SummaryWriter(str(folder))
 
 
+def write_scalars(writer: Any, row: Mapping[str, Any], prefix: str = "") -> None:
+    """Write the numbers of an epoch's row as TensorBoard scalars at its step."""
+    for name, value in row.items():
+        if isinstance(value, Mapping):
+            write_scalars(writer, {"step": row["step"], **value}, f"{prefix}{name}/")
+        elif name not in ("step", "epoch") and value is not None:
+            writer.add_scalar(f"{prefix}{name}", value, row["step"])
+
+
 def write_text(path: Path, text: str) -> None:
     """Write a file by a temporary name and a rename, so that it is whole or not there."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")

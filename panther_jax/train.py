@@ -37,6 +37,8 @@ from panther_jax.log import (
     announced,
     duration,
     read_metrics,
+    tensorboard_writer,
+    write_scalars,
 )
 from panther_jax.pictures import plot_progress
 from panther_jax.plans import Plans
@@ -70,6 +72,7 @@ class Loop:
     to_device: Callable[[Mapping[str, np.ndarray]], steps.Batch]
     streams: batches.Streams
     key: Key[Array, ""]
+    board: Any = None
 
 
 def run_loop(loop: Loop, state: TrainState, counters: Counters) -> tuple[TrainState, Counters]:
@@ -146,6 +149,8 @@ def _end_epoch(
         row, improved = _validate_epoch(loop, state, counters, validation)
         row |= clock.end_epoch()
         loop.metrics.append(row)
+        if loop.board is not None:
+            write_scalars(loop.board, row)
         _tell(row, loop.config.loop.epochs, clock.progress)
         plot_progress(read_metrics(loop.metrics.path), loop.folder / "progress.png")
         counters = dataclasses.replace(
@@ -265,6 +270,7 @@ def prepare(
         validation_step=jax.jit(steps.make_validation_step(task)),
         to_device=lambda arrays: steps.Batch(**jax.device_put(dict(arrays), in_batch)),
         streams=streams,
+        board=tensorboard_writer(folder / "tensorboard") if config.log.tensorboard else None,
         key=jax.device_put(key_of(batches.TRAIN_STREAM), replicated),
     )
     return loop, state, counters

@@ -3,6 +3,8 @@
 import json
 import math
 
+import pytest
+
 from panther_jax import log
 
 
@@ -65,3 +67,22 @@ def test_time_left_counts_steps_and_not_pauses(monkeypatch):
     now[0] += 2.0
     assert clock.end_epoch() == {"seconds": 54.0, "wait_share": round(2 / 54, 4)}
     assert clock.since_save() == 54.0
+
+
+def test_tensorboard_gets_every_number_at_its_step():
+    written = []
+
+    class Writer:
+        def add_scalar(self, name, value, step):
+            written.append((name, value, step))
+
+    log.write_scalars(
+        Writer(), row(6, epoch=1, loss=0.5, ema=None, pseudo_dice={"tumor": 0.25, "step": 6})
+    )
+    assert written == [("loss", 0.5, 6), ("pseudo_dice/tumor", 0.25, 6)]
+
+
+def test_tensorboard_that_is_missing_is_named_with_its_extra(tmp_path, monkeypatch):
+    monkeypatch.setitem(log.sys.modules, "tensorboardX", None)
+    with pytest.raises(ModuleNotFoundError, match=r"panther-jax\[tensorboard\]"):
+        log.tensorboard_writer(tmp_path)
