@@ -2,9 +2,10 @@
 
 Launch:    python -m panther_jax.train --config mri_t2.py --fold 0
 Try it:    python -m panther_jax.train --config mri_t2.py --demo
-Arguments: mri_t2.py:aug=default,epochs=1000,lr=1e-3,schedule=poly,warmup=50,init=ct
+Arguments: mri_t2.py:aug=default,epochs=1000,lr=1e-3,
+               schedule=poly,warmup=50,init=ct,val=all
            (aug default|da5[_ord0|_seg_ord0]|da5_fork[_ord0|_seg_ord0]|no_mirroring|none;
-           schedule poly|poly_warmup|cosine; init ct|multitalent|none)
+           schedule poly|poly_warmup|cosine; init ct|multitalent|none; val all|task2)
 Expected:  tumour Dice 0.523 in five-fold cross-validation, for the challenge winner's best ensemble
            of such models (arXiv 2508.21775); a single fold of fifty cases varies a lot around it.
 Duration:  not measured here; the reference's ResEnc-L takes about 35 h on one A100.
@@ -14,51 +15,10 @@ ResEnc-L at 1 mm with 192-voxel patches, started from the CT stage with a fresh 
 heads, SGD at 1e-3 (the reference fork's `nnUNetTrainer1e3`).
 """
 
-from panther_jax.config import (
-    AugmentConfig,
-    DataConfig,
-    InitConfig,
-    LoopConfig,
-    OptimConfig,
-    TrainConfig,
-    choose,
-    number,
-    parse_argument,
-)
-
-KEYS = ("aug", "epochs", "lr", "schedule", "warmup", "init")
-POLICIES = {
-    name: name
-    for name in (
-        "default",
-        "da5",
-        "da5_ord0",
-        "da5_seg_ord0",
-        "da5_fork",
-        "da5_fork_ord0",
-        "da5_fork_seg_ord0",
-        "no_mirroring",
-        "none",
-    )
-}
-SCHEDULES = {"poly": "poly", "poly_warmup": "poly_warmup", "cosine": "cosine_warmup"}
-BUNDLES = {"ct": "ct_pancreas", "multitalent": "multitalent", "none": None}
+from panther_jax.config import DataConfig, TrainConfig
+from panther_jax.recipe import panther_stage
 
 
 def get_config(argument: str = "") -> TrainConfig:
     """The config of this stage; ``argument`` is described above."""
-    given = parse_argument(argument, KEYS)
-    schedule = choose("schedule", given, SCHEDULES, default="poly")
-    bundle = choose("init", given, BUNDLES, default="ct")
-    return TrainConfig(
-        data=DataConfig(dataset="Dataset902_PANTHER_HR", modality="t2", batch_size=2),
-        augment=AugmentConfig(policy=choose("aug", given, POLICIES, default="default")),
-        optim=OptimConfig(
-            optimizer="sgd",
-            lr=number("lr", given, default=1e-3),
-            schedule=schedule,
-            warmup_epochs=number("warmup", given, default=50),
-        ),
-        loop=LoopConfig(epochs=number("epochs", given, default=1000)),
-        init=InitConfig(bundle=bundle, stem="reinit"),
-    )
+    return panther_stage(argument, data=DataConfig(dataset="Dataset902_PANTHER_HR", modality="t2"))

@@ -419,6 +419,16 @@ def _absent_parts(path: Path, tree: Params, plans: Plans) -> tuple[str, ...]:
     return tuple(absent)
 
 
+def params_sha256(params: Params) -> str:
+    """SHA-256 of parameters by value: names, shapes, bytes; the same wherever they are stored."""
+    digest = hashlib.sha256()
+    for path, leaf in sorted(walk(params), key=lambda item: item[0]):
+        array = np.ascontiguousarray(leaf)
+        digest.update(f"{'/'.join(path)} {array.dtype} {array.shape}".encode())
+        digest.update(array)
+    return digest.hexdigest()
+
+
 def _sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

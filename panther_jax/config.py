@@ -256,6 +256,9 @@ class ValidationConfig:
     """Average over all mirrored variants (the reference's value for validation)."""
     step_size: float = 0.5
     """Step between tiles as a share of the tile."""
+    cases: Literal["all", "task2"] = "all"
+    """Cases validated after training: all of the fold's, or those of PANTHER's task 2 (of a
+    combined dataset; names of task 1 end with `_0001`)."""
     save_probabilities: bool = False
     """Keep probabilities beside the label maps, for ensemble selection."""
 

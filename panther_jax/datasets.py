@@ -43,17 +43,21 @@ def make_phantom(
     seed: int = 0,
     size: phantom.Size = "small",
     label_folder: Path | None = None,
+    organs: bool = False,
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> None:
     """Write a phantom dataset to the folder ``out``, which appears when it is complete.
 
     The same seed gives the same anatomy in every modality. With ``label_folder``, one case is made
-    around each of its label maps (PANORAMA coding), up to ``num_cases`` of them.
+    around each of its label maps (PANORAMA coding), up to ``num_cases`` of them. ``organs`` labels
+    the organs around instead of tumour and pancreas, as a foundation model's data would.
 
     Raises:
         DatasetError: if ``out`` exists and is not to be overwritten, or there are no label maps.
     """
+    if organs and label_folder:
+        raise DatasetError("--organs draws its own anatomy; leave --labels out")
     if out.exists() and not overwrite:
         raise DatasetError(
             f"{out} exists; pass --overwrite to replace it, or choose another folder"
@@ -72,13 +76,14 @@ def make_phantom(
                 seed=seed,
                 size=size,
                 label_file=None if label_files is None else label_files[index],
+                organs=organs,
             )
             _write_case(temporary, case, ENDINGS[modality])
             if progress is not None:
                 progress(case.id, index + 1, count)
         entries = {
             "channel_names": {"0": CHANNELS[modality]},
-            "labels": phantom.LABELS,
+            "labels": phantom.ORGAN_LABELS if organs else phantom.LABELS,
             "numTraining": count,
             "file_ending": ENDINGS[modality],
             "name": out.name,
@@ -257,6 +262,7 @@ def _parser() -> argparse.ArgumentParser:
     make.add_argument("--seed", type=int, default=0, help="default: %(default)s")
     make.add_argument("--size", choices=("small", "full"), default="small")
     make.add_argument("--labels", type=Path, help="label maps (PANORAMA coding) to draw around")
+    make.add_argument("--organs", action="store_true", help="label the organs, not the tumor")
     make.add_argument("--overwrite", action="store_true", help="replace the folder")
     _add_converters(actions)
     check = actions.add_parser("check", help="verify a dataset, list every broken case")
@@ -338,6 +344,7 @@ def _run(arguments: argparse.Namespace) -> str:
             seed=arguments.seed,
             size=arguments.size,
             label_folder=arguments.labels,
+            organs=arguments.organs,
             overwrite=arguments.overwrite,
             progress=_lines("made"),
         )

@@ -23,6 +23,15 @@ Size = Literal["small", "full"]
 
 MODALITIES = ("ct", "t1", "t2")
 LABELS = {"background": 0, "tumor": 1, "pancreas": 2}
+# What a foundation model of many organs learns: tissue to label, and the labels' names.
+ORGANS = {
+    "liver": 1, "spleen": 2, "cortex": 3, "medulla": 3, "artery": 4, "vein": 5, "bone": 6,
+    "gut wall": 7, "gut": 7, "gas": 7, "pancreas": 8, "tumor": 8,
+}  # fmt: skip
+ORGAN_LABELS = {
+    "background": 0, "liver": 1, "spleen": 2, "kidney": 3, "artery": 4, "vein": 5, "bone": 6,
+    "gut": 7, "pancreas": 8,
+}  # fmt: skip
 # Spacing (mm) and shape, z y x.
 GRIDS = {
     ("ct", "small"): ((3.5, 2.8, 2.8), (32, 104, 104)),
@@ -329,7 +338,12 @@ def _depth(organ: Organ, coordinates: Sequence[np.ndarray], lobes: np.ndarray) -
 
 
 def _paint(
-    anatomy: Anatomy, geometry: Geometry, means: dict[str, float], gut: tuple[float, float]
+    anatomy: Anatomy,
+    geometry: Geometry,
+    means: dict[str, float],
+    *,
+    gut: tuple[float, float],
+    labels: dict[str, int],
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Mean intensity, texture strength and label of each voxel; edges share voxels by volume."""
     image = np.full(geometry.shape_zyx, means["air"], np.float32)
@@ -354,7 +368,7 @@ def _paint(
         strength = 0.1 if level is not None else TISSUES[organ.tissue][3]
         image[box] += share * (np.float32(value) - image[box])
         texture[box] += share * (np.float32(strength) - texture[box])
-        label[box][depth > 0] = LABELS.get(organ.tissue, 0)
+        label[box][depth > 0] = labels.get(organ.tissue, 0)
     return image, texture, label
 
 
@@ -409,8 +423,11 @@ def make_phantom_case(
     seed: int = 0,
     size: Size = "small",
     label_file: Path | None = None,
+    organs: bool = False,
 ) -> Case:
     """Make one phantom case; image values are whole numbers.
+
+    Labels are tumour and pancreas, or with ``organs`` those of :data:`ORGAN_LABELS`.
 
     With ``label_file``, a map in PANORAMA coding, its structures and geometry replace the drawn
     pancreas, tumour and grid; the body around them is drawn as ever.
@@ -432,7 +449,9 @@ def make_phantom_case(
     image, texture = (np.empty(geometry.shape_zyx, np.float32) for _ in range(2))
     label = np.empty(geometry.shape_zyx, np.int16)
     for start, stop in _slabs(geometry):
-        painted = _paint(anatomy, _slab(geometry, start, stop), means, GUT_CONTENT[modality])
+        part = _slab(geometry, start, stop)
+        labels = ORGANS if organs else LABELS
+        painted = _paint(anatomy, part, means, gut=GUT_CONTENT[modality], labels=labels)
         image[start:stop], texture[start:stop], label[start:stop] = painted
     if codes is not None:
         _overlay(image, texture, codes, means)

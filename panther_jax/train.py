@@ -27,6 +27,7 @@ from panther_jax.checkpoint import (
     Counters,
     TrainState,
     load_bundle,
+    params_sha256,
     transfer,
 )
 from panther_jax.config import TrainConfig
@@ -43,7 +44,7 @@ from panther_jax.log import (
 from panther_jax.pictures import plot_progress
 from panther_jax.plans import Plans
 from panther_jax.store import Store, fold_cases
-from panther_jax.validation import validate_checkpoints
+from panther_jax.validation import cases_to_validate, validate_checkpoints
 
 LOGGER = logging.getLogger("panther_jax")
 WAIT_SHARE_HINT = 0.10
@@ -253,7 +254,10 @@ def prepare(
     else:
         state, counters = fresh, Counters()
         if bundle is not None:
-            state = _started_from(bundle, state, config.init.stem, store.plans, fold)
+            state, origin = _started_from(
+                bundle, state, config.init.stem, plans=store.plans, fold=fold
+            )
+            runs.record(folder, {"starting_weights": origin})
             state = jax.device_put(state, replicated)
     metrics = MetricsFile(folder / "metrics.jsonl", resume_step=counters.step)
     patch = policies.patch_geometry(config.augment.policy, store.plans.patch_size)
@@ -277,8 +281,8 @@ def prepare(
 
 
 def _started_from(
-    bundle: Path, state: TrainState, stem: Literal["copy", "reinit"], plans: Plans, fold: Fold
-) -> TrainState:
+    bundle: Path, state: TrainState, stem: Literal["copy", "reinit"], *, plans: Plans, fold: Fold
+) -> tuple[TrainState, dict[str, Any]]:
     loaded = load_bundle(bundle)
     name = next((n for n in (str(fold), "", "all") if n in loaded.params), None)
     name = next(iter(loaded.params)) if name is None else name
@@ -288,7 +292,9 @@ def _started_from(
         theirs, ours = getattr(loaded.plans, what), getattr(plans, what)
         if theirs != ours:
             LOGGER.warning("%s of the starting weights was %s, now it is %s", what, theirs, ours)
-    return dataclasses.replace(state, params=jax.tree.map(jnp.asarray, result.params))
+    started = dataclasses.replace(state, params=jax.tree.map(jnp.asarray, result.params))
+    checksums = loaded.provenance.get("sha256", {})
+    return started, {"bundle": str(bundle), "fold": name, "sha256": checksums}
 
 
 def compile_step(loop: Loop, state: TrainState) -> Loop:
@@ -329,9 +335,10 @@ def train_fold(
     if counters.step < config.loop.total_steps:
         loop = compile_step(loop, state)
         loop.stop.listen()
-        run_loop(loop, state, counters)
+        state, counters = run_loop(loop, state, counters)
     elif not loop.checkpoints.steps("final"):
         loop.checkpoints.save("final", state, counters)
+    runs.record(folder, {"params_sha256": params_sha256(state.params)})
     tables = validate_checkpoints(
         store,
         loop.task.net,
@@ -340,7 +347,7 @@ def train_fold(
         folder,
         settings=config.validation,
         mirror_axes=geometry.mirror_axes,
-        case_ids=fold_cases(store, fold)[1],
+        case_ids=cases_to_validate(fold_cases(store, fold)[1], config.validation.cases),
     )
     runs.record(folder, {"finished": True, "seconds_last_session": round(time.monotonic() - start)})
     return tables

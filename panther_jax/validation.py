@@ -7,13 +7,14 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
 from panther_jax import imageio, metrics, pictures
 from panther_jax.checkpoint import CheckpointError, Checkpoints, TrainState
 from panther_jax.config import ValidationConfig
+from panther_jax.converters import TASK1_CASE
 from panther_jax.inference import (
     Predictor,
     logits_to_label,
@@ -182,6 +183,25 @@ def validate_checkpoints(
         text = results_table(store, summary)
         parts.append(f"{target} ({name} checkpoint, step {counters.step})\n{text}")
     return "\n\n".join(parts)
+
+
+def cases_to_validate(
+    case_ids: Sequence[str], which: Literal["all", "task2"]
+) -> tuple[str, ...]:
+    """The validation cases of a fold that are asked for (spec 03 §7.4).
+
+    Raises:
+        ValueError: if none is left.
+    """
+    if which == "all":
+        return tuple(case_ids)
+    chosen = tuple(c for c in case_ids if not TASK1_CASE.fullmatch(c))
+    if not chosen:
+        raise ValueError(
+            "validation.cases is task2, but all cases to validate are of task 1 (..._0001)\n"
+            "  Train on a combined data set, or validate all cases with --validation.cases all."
+        )
+    return chosen
 
 
 def scored_class(store: Store) -> tuple[str, Any]:

@@ -18,24 +18,27 @@ MAX_FILE_LINES, MAX_FUNCTION_LINES, MAX_TRAIN_LINES = 600, 60, 450
 # A module may import modules of earlier rows, and those of its own row that stand before it.
 LEVELS = (
     ("architecture", "plans", "log", "pictures", "command", "places"),
-    ("config", "completeness", "imageio", "convolution"),
+    ("config", "recipe", "completeness", "imageio", "convolution"),
     ("resampling", "label_resampling", "metrics", "losses", "optim", "model"),
     ("augment.intensity", "augment.spatial", "augment.local", "augment.fork", "augment.targets"),
     ("augment.recipes", "augment.policies"),
     ("nnunet_store", "store", "workers", "cropping", "planner", "panther_plans", "planning"),
-    ("preprocess", "phantom", "augment.gallery", "converters", "datasets", "checkpoint"),
-    ("batches", "inference", "ensemble"),
-    ("steps", "validation", "runs"),
-    ("train", "predict", "evaluate", "report"),
+    ("preprocess", "phantom", "augment.gallery", "converters", "datasets", "checkpoint", "bundle"),
+    ("batches", "tiles", "export", "inference", "combination", "postprocess", "strategies"),
+    ("members", "prediction"),
+    ("steps", "validation", "runs", "cascade"),
+    ("statistics", "crossval", "charts", "selection"),
+    ("train", "predict", "evaluate", "report", "ensemble"),
     ("stages", "predict_challenge"),
 )
 RANK = {name: i for i, name in enumerate(n for level in LEVELS for n in level)}
-ENDS = {"train", "predict", "evaluate", "report"}  # imported by the last row only
+ENDS = {"train", "predict", "evaluate", "report", "ensemble"}  # imported by the last row only
 JAX_FREE = (
     "architecture", "plans", "log", "pictures", "command", "places", "config", "imageio",
     "metrics", "store", "nnunet_store", "workers", "cropping", "preprocess", "planner",
     "panther_plans", "planning", "completeness", "converters", "phantom", "datasets",
-    "resampling", "label_resampling", "runs",
+    "resampling", "label_resampling", "runs", "combination", "postprocess", "statistics",
+    "crossval", "charts", "selection", "recipe", "cascade", "stages",
 )  # fmt: skip
 FLAX_FREE = ("batches", "inference", "losses", "optim", "augment.policies")
 LAZY = {"SimpleITK", "grain", "tyro", "matplotlib", "skimage", "orbax", "safetensors", "rich"}

@@ -99,6 +99,45 @@ def test_variants_of_the_t2_stage():
             cfg.load_config(f"mri_t2:{wrong}")
 
 
+@pytest.mark.parametrize(
+    "name, dataset, modality, bundle, batch",
+    [
+        ("ct_pancreas", "Dataset999_PancreasPretrain", "ct", "multitalent", 4),
+        ("mri_t1", "Dataset901_PANTHER", "t1", "ct_pancreas", 2),
+        ("mri_t2", "Dataset902_PANTHER_HR", "t2", "ct_pancreas", 2),
+        ("mri_combined", "Dataset903_PANTHER_COMBINED", "t2", "ct_pancreas", 2),
+        (
+            "mri_combined_tumor_only",
+            "Dataset906_PANTHER_COMBINED_onlyTumor",
+            "t2",
+            "ct_pancreas",
+            2,
+        ),
+    ],
+)
+def test_stages_share_the_recipe_and_differ_in_their_data(name, dataset, modality, bundle, batch):
+    stage, _ = cfg.load_config(name)
+    assert (stage.data.dataset, stage.data.modality) == (dataset, modality)
+    assert stage.init == cfg.InitConfig(bundle=bundle, stem="reinit")
+    assert stage.data.batch_size == batch
+    foundation, _ = cfg.load_config("multitalent")
+    assert stage.arch == foundation.arch
+    for field in ("spacing_mm", "patch_size"):
+        assert getattr(stage.data, field) == getattr(foundation.data, field)
+    assert (stage.optim.lr, stage.optim.optimizer) == (1e-3, "sgd")
+    assert stage.validation.checkpoints == ("final", "best")
+    variant, _ = cfg.load_config(f"{name}:val=task2,aug=da5_fork,warmup=15,schedule=poly_warmup")
+    assert variant.validation.cases == "task2" and variant.augment.policy == "da5_fork"
+    assert (variant.optim.warmup_epochs, variant.optim.schedule) == (15, "poly_warmup")
+    docstring = source_of(name).split('"""')[1]
+    for heading in ("Launch:", "Arguments:", "Expected:", "Duration:", "Memory:"):
+        assert heading in docstring
+
+
+def source_of(name):
+    return cfg.find_config(name).read_text(encoding="utf-8")
+
+
 def test_demo_changes_data_size_and_budget_only():
     config, _ = cfg.load_config("mri_t2")
     small = cfg.demo(config)

@@ -84,6 +84,15 @@ def test_tumour_and_pancreas_differ_enough_to_be_told_apart(t2_cases):
         assert abs(tumor.mean() - pancreas.mean()) > 0.5 * spread
 
 
+def test_organs_are_labelled_where_the_anatomy_is_the_same():
+    plain = phantom.make_phantom_case(1, modality="ct", seed=4)
+    organs = phantom.make_phantom_case(1, modality="ct", seed=4, organs=True)
+    np.testing.assert_array_equal(plain.image, organs.image)
+    assert set(np.unique(organs.label)) == set(phantom.ORGAN_LABELS.values())
+    pancreas = phantom.ORGAN_LABELS["pancreas"]
+    np.testing.assert_array_equal(organs.label == pancreas, plain.label > 0)
+
+
 def test_phantoms_are_written_whole(tmp_path, monkeypatch):
     done = []
     out = tmp_path / "Dataset902_Phantom"

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,8 +15,19 @@ import numpy as np
 import pytest
 from tiny import make_raw
 
-from panther_jax import batches, imageio, model, runs, steps, train
-from panther_jax.checkpoint import Checkpoints
+from panther_jax import (
+    batches,
+    bundle,
+    cascade,
+    imageio,
+    log,
+    model,
+    runs,
+    steps,
+    train,
+    validation,
+)
+from panther_jax.checkpoint import Checkpoints, load_bundle, params_sha256
 from panther_jax.config import LoopConfig, apply_overrides, load_config
 from panther_jax.log import read_metrics
 from panther_jax.places import Places
@@ -123,6 +135,63 @@ def test_a_run_leaves_what_the_design_promises(finished, store):
         assert [c["subject"] for c in panther["per_subject"]] == list(cases)
     assert all(f"{c} " in tables for c in cases) and "validation_best" in tables
     assert json.loads((folder / "run.json").read_text())["finished"]
+
+
+def test_a_run_becomes_a_bundle_that_the_next_stage_starts_from(finished, store, smoke, tmp_path):
+    run = tmp_path / "first"
+    shutil.copytree(finished[0], run / "fold_0")
+    log.write_json(run / "config.json", smoke.to_json())
+    for name in ("plans.json", "dataset.json"):
+        shutil.copy(store.folder / name, run / name)
+    out = tmp_path / "weights"
+    assert bundle.main(["--run", str(run), "--out", str(out), "--quiet"]) == 0
+    loaded = load_bundle(out)
+    trained = Checkpoints(run / "fold_0" / "checkpoints").read("final")[0]
+    assert params_sha256(loaded.params["0"]) == params_sha256(trained)
+    about = json.loads((run / "fold_0" / "run.json").read_text())
+    record = loaded.provenance["checkpoints"]["0"]
+    assert record["params_sha256"] == about["params_sha256"] == params_sha256(trained)
+    assert record["step"] == 6 and set(record["metrics"]) == {"1", "2"}
+    assert cascade.bundle_state(out, run, "0").status == "done"
+
+    second = tmp_path / "second" / "fold_0"
+    second.mkdir(parents=True)
+    short = dataclasses.replace(
+        smoke, loop=dataclasses.replace(smoke.loop, epochs=1, steps_per_epoch=1)
+    )
+    train.train_fold(short, store, second, fold=0, bundle=out)
+    assert cascade.training_state(second, out).status == "done"
+    provenance = json.loads((out / "provenance.json").read_text())
+    (out / "provenance.json").write_text(json.dumps({**provenance, "sha256": {"other": "x"}}))
+    assert cascade.training_state(second, out).status == "stale"
+
+
+def test_a_bundle_needs_a_finished_run(finished, tmp_path, capsys):
+    run = tmp_path / "run"
+    assert bundle.main(["--run", str(run), "--out", str(tmp_path / "x"), "--quiet"]) == 1
+    assert "not a run" in capsys.readouterr().err
+    (run / "fold_3" / "checkpoints").mkdir(parents=True)
+    (run / "config.json").write_text("{}")
+    for more, message in ((["--folds", "1"], "has no fold 1"), ([], "no final checkpoint")):
+        assert bundle.main(["--run", str(run), "--out", str(tmp_path / "x"), *more]) == 1
+        assert message in capsys.readouterr().err
+    assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize(
+    "names, which, expected",
+    [
+        (("10001_0001", "10303"), "all", ("10001_0001", "10303")),
+        (("10001_0001", "10303"), "task2", ("10303",)),
+    ],
+)
+def test_cases_of_task_2_are_told_by_name(names, which, expected):
+    assert validation.cases_to_validate(names, which) == expected
+
+
+def test_no_case_of_task_2_is_an_error():
+    with pytest.raises(ValueError, match="--validation.cases all"):
+        validation.cases_to_validate(("10001_0001",), "task2")
 
 
 def test_label_maps_lie_on_the_raw_grid(finished, store):

@@ -1,0 +1,25 @@
+"""PANTHER tasks 1 and 2 together: tumour and pancreas on T1 and T2 scans (dataset 903).
+
+Launch:    python -m panther_jax.train --config mri_combined.py --fold 0
+Try it:    python -m panther_jax.train --config mri_combined.py --demo
+Arguments: mri_combined.py:aug=default,epochs=1000,lr=1e-3,
+               schedule=poly,warmup=50,init=ct,val=all
+           (aug default|da5[_ord0|_seg_ord0]|da5_fork[_ord0|_seg_ord0]|no_mirroring|none;
+           schedule poly|poly_warmup|cosine; init ct|multitalent|none; val all|task2)
+Expected:  no published figure of its own.
+Duration:  not measured here; the reference's ResEnc-L takes about 35 h on one A100.
+Memory:    about 20 GB of device memory at batch 2 in bfloat16 (computed, not measured).
+
+The same stage on `datasets merge` of tasks 1 and 2. Merged with `--task1-in-all`, task 1 trains in
+every fold and task 2 is validated; with `val=task2` a fold `all` is validated on task 2 alone.
+"""
+
+from panther_jax.config import DataConfig, TrainConfig
+from panther_jax.recipe import panther_stage
+
+
+def get_config(argument: str = "") -> TrainConfig:
+    """The config of this stage; ``argument`` is described above."""
+    return panther_stage(
+        argument, data=DataConfig(dataset="Dataset903_PANTHER_COMBINED", modality="t2")
+    )

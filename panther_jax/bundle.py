@@ -1,0 +1,141 @@
+"""Make a bundle of a run's weights: ``python -m panther_jax.bundle --run RUN --out BUNDLE``.
+
+A bundle is what later stages start from and what is passed on: weights as safetensors, JSON
+beside them, nothing that runs (spec 00 §0.5).
+"""
+
+import argparse
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import panther_jax
+from panther_jax import command
+from panther_jax.plans import read_json
+
+if TYPE_CHECKING:  # JAX loads when there is something to do: --help must be quick
+    from panther_jax.checkpoint import Kind
+
+EXAMPLE = "python -m panther_jax.bundle --run data/runs/ct_pancreas --out data/weights/ct_pancreas"
+PASSED_ON = ("started", "config_file", "config_argument", "device", "git_revision", "params_sha256")
+
+
+class BundleError(ValueError):
+    """A run that no bundle can be made of."""
+
+
+def make_bundle(
+    run: Path,
+    out: Path,
+    *,
+    folds: Sequence[str] = (),
+    checkpoint: "Kind" = "final",
+    overwrite: bool = False,
+) -> tuple[str, ...]:
+    """Write the weights of a run's folds (default: all of them) as a bundle; returns the folds.
+
+    Raises:
+        BundleError: if the folder is no run, a fold is missing or has no such checkpoint.
+        CheckpointError: if a checkpoint cannot be read or ``out`` exists or cannot be written.
+    """
+    from panther_jax.checkpoint import Checkpoints, refuse_existing, save_bundle
+
+    refuse_existing(out, overwrite=overwrite)
+    params, records = {}, {}
+    for fold in trained_folds(run, folds):
+        found = Checkpoints(run / f"fold_{fold}" / "checkpoints").read(checkpoint)
+        if found is None:
+            raise BundleError(
+                f"{run}/fold_{fold} has no {checkpoint} checkpoint; let its training end by "
+                "starting it again"
+            )
+        params[fold], _, counters = found
+        about = _about(run, fold)
+        records[fold] = {
+            **{key: about.get(key) for key in PASSED_ON},
+            "checkpoint": checkpoint,
+            "step": counters.step,
+            "metrics": _scores(run / f"fold_{fold}" / f"validation_{checkpoint}"),
+        }
+    axes = _about(run, next(iter(params))).get("inference_allowed_mirroring_axes")
+    save_bundle(
+        out,
+        params=params,
+        plans=read_json(run / "plans.json"),
+        dataset=read_json(run / "dataset.json"),
+        provenance={
+            "source": str(run),
+            "license": "not stated",
+            "converted_by": f"panther_jax {panther_jax.__version__}",
+            "inference_allowed_mirroring_axes": axes,
+            "checkpoints": records,
+        },
+        overwrite=overwrite,
+    )
+    return tuple(params)
+
+
+def trained_folds(run: Path, wanted: Sequence[str] = ()) -> tuple[str, ...]:
+    """Names of the folds of a run, or of those wanted.
+
+    Raises:
+        BundleError: if the folder is no run, or lacks one of them.
+    """
+    if not (run / "config.json").is_file():
+        raise BundleError(f"{run} is not a run: it holds no config.json")
+    present = sorted(p.parent.name.removeprefix("fold_") for p in run.glob("fold_*/checkpoints"))
+    missing = [fold for fold in wanted if fold not in present]
+    if missing or not present:
+        raise BundleError(
+            f"{run} has no fold {', '.join(missing) or 'with checkpoints'}; there are: "
+            f"{', '.join(present) or 'none'}"
+        )
+    return tuple(wanted or present)
+
+
+def _about(run: Path, fold: str) -> Mapping[str, Any]:
+    path = run / f"fold_{fold}" / "run.json"
+    return read_json(path) if path.is_file() else {}
+
+
+def _scores(folder: Path) -> Mapping[str, Any] | None:
+    path = folder / "summary.json"
+    if not path.is_file():
+        return None
+    mean = read_json(path)["mean"]
+    return {key: {"Dice": entry["Dice"]} for key, entry in mean.items()}
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = command.parser(
+        "panther_jax.bundle", "Make a bundle of a run's weights, to start from or pass on.", EXAMPLE
+    )
+    add = parser.add_argument
+    add("--run", type=Path, required=True, help="work directory of a run")
+    add("--out", type=Path, required=True, help="folder of the bundle")
+    add("--folds", nargs="+", default=[], metavar="K", help="folds, numbers or all (default: each)")
+    add("--checkpoint", choices=("final", "best"), default="final", help="default: %(default)s")
+    add("--overwrite", action="store_true", help="replace the bundle if it exists")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; returns the exit code."""
+    arguments = _parser().parse_args(command.normalized(sys.argv[1:] if argv is None else argv))
+
+    def body() -> str:
+        make_bundle(
+            arguments.run,
+            arguments.out,
+            folds=arguments.folds,
+            checkpoint=arguments.checkpoint,
+            overwrite=arguments.overwrite,
+        )
+        return str(arguments.out)
+
+    return command.run(body, quiet=arguments.quiet, debug=arguments.debug)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
