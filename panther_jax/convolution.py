@@ -1,27 +1,36 @@
-"""The one convolution of the network, its transposed form and its pooling (spec 08 §8.1-8.2).
+"""The one convolution of the network, its transposed form and its pooling (spec 08 §8.1-8.2, 08a).
 
 Activations are ``(batch, *spatial, channel)``, kernels ``(*kernel, in, out)``; spatial is z, y, x
 or y, x. Two formulations of a 3-D convolution, equal up to summation order: ``xla`` is the direct
 one; ``dshift2d`` sums 2-D convolutions of shifted depth slices, which XLA runs fast on a CPU,
-where it has no fast 3-D one. ``dshift2d`` merges batch and depth, so it is for one device only.
+where it has no fast 3-D one. ``dshift2d`` merges batch and depth: not for patches that are split.
 
+Under ``jax.vmap`` a convolution becomes one a member, or one with the members folded into batch or
+channels, but never a grouped one, which is slow everywhere. Reverse mode only, once.
 """
 
 import math
-from collections.abc import Sequence
-from typing import Literal
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache, partial
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.custom_batching import custom_vmap
 from jaxtyping import Array, Float
 
 Backend = Literal["xla", "dshift2d"]
 
+# Up to so many members are written out side by side, more run in a loop inside the program:
+# compile time grows with their number (spec 08a §A.3), and loops cost dshift2d's gradient (§A.2).
+MAX_UNROLLED = 8
 
-def default_backend(num_devices: int = 1) -> Backend:
-    """The faster formulation: ``dshift2d`` on a single CPU device, ``xla`` everywhere else."""
-    return "dshift2d" if jax.default_backend() == "cpu" and num_devices == 1 else "xla"
+
+def default_backend(space: int = 1) -> Backend:
+    """``dshift2d`` on a CPU unless ``space`` devices share a patch; ``xla`` everywhere else."""
+    return "dshift2d" if jax.default_backend() == "cpu" and space == 1 else "xla"
 
 
 def convolve(
@@ -38,9 +47,155 @@ def convolve(
     kernel = kernel.astype(x.dtype)
     if math.prod(size) == 1 and all(s == 1 for s in stride):
         return jnp.einsum("...i,io->...o", x, kernel.reshape(kernel.shape[-2:]))
-    if len(size) == 3 and backend == "dshift2d":
-        return _depth_shifted(x, kernel, tuple(stride))
-    return _direct(x, kernel, tuple(stride))
+    axes = _varying_axes(x) | _varying_axes(kernel)
+    problem = _Problem(tuple(stride), size, x.shape[1:-1], backend)
+    return _core(problem, _varying(x, axes), _varying(kernel, axes))
+
+
+# ------------------------------------------------------------------- derivatives and batching
+
+
+@dataclass(frozen=True)
+class _Problem:
+    """What is static in a convolution. With a stride, ``grad`` does not tell the input's size."""
+
+    stride: tuple[int, ...]
+    kernel_size: tuple[int, ...]
+    space_in: tuple[int, ...]
+    backend: Backend
+
+    @property
+    def shifts_depth(self) -> bool:
+        return len(self.kernel_size) == 3 and self.backend == "dshift2d"
+
+    @property
+    def keeps_size(self) -> bool:
+        return all(s == 1 for s in self.stride) and all(k % 2 == 1 for k in self.kernel_size)
+
+
+# spec 08a §A.1: reverse mode does not pass through custom_vmap, so custom_vjp has to be outside.
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _core(problem: _Problem, x: Array, kernel: Array) -> Array:
+    return _ruled(problem).convolve(x, kernel)
+
+
+def _core_forward(problem: _Problem, x: Array, kernel: Array) -> tuple[Array, tuple[Array, Array]]:
+    return _ruled(problem).convolve(x, kernel), (x, kernel)
+
+
+def _core_backward(
+    problem: _Problem, saved: tuple[Array, Array], grad: Array
+) -> tuple[Array, Array]:
+    x, kernel = saved
+    ruled = _ruled(problem)
+    return ruled.input_grad(grad, kernel), ruled.kernel_grad(x, grad)
+
+
+_core.defvjp(_core_forward, _core_backward)
+
+
+@dataclass(frozen=True)
+class _Ruled:
+    """A convolution and its two derivatives, each with its batching rule."""
+
+    convolve: Callable[[Array, Array], Array]
+    input_grad: Callable[[Array, Array], Array]
+    kernel_grad: Callable[[Array, Array], Array]
+
+
+@lru_cache(maxsize=1024)
+def _ruled(problem: _Problem) -> _Ruled:
+    """The functions of a problem; statics are in closures, for all arguments are batched."""
+    convolve = custom_vmap(partial(_convolve, problem))
+    input_grad = custom_vmap(partial(_input_grad, problem))
+    kernel_grad = custom_vmap(partial(_kernel_grad, problem))
+
+    # Each rule calls the ruled function again, so that nested vmaps leave no group either.
+    @convolve.def_vmap
+    def convolve_members(num: int, batched: Sequence[bool], x: Array, kernel: Array) -> Any:
+        if all(batched):
+            return _each(convolve, num, x, kernel), True
+        if batched[0]:
+            return _unfold(convolve(_fold(x, 0), kernel), 0, num), True
+        return _unfold(convolve(x, _fold(kernel, -1)), -1, num), True
+
+    @input_grad.def_vmap
+    def input_grad_members(num: int, batched: Sequence[bool], grad: Array, kernel: Array) -> Any:
+        if not batched[1]:
+            return _unfold(input_grad(_fold(grad, 0), kernel), 0, num), True
+        if not batched[0]:
+            grad = jnp.broadcast_to(grad, (num, *grad.shape))
+        return _each(input_grad, num, grad, kernel), True
+
+    @kernel_grad.def_vmap
+    def kernel_grad_members(num: int, batched: Sequence[bool], x: Array, grad: Array) -> Any:
+        if all(batched):
+            return _each(kernel_grad, num, x, grad), True
+        if batched[0]:
+            return _unfold(kernel_grad(_fold(x, -1), grad), -2, num), True
+        return _unfold(kernel_grad(x, _fold(grad, -1)), -1, num), True
+
+    return _Ruled(convolve, input_grad, kernel_grad)
+
+
+def _each(function: Callable[[Array, Array], Array], num: int, one: Array, other: Array) -> Array:
+    if num <= MAX_UNROLLED:
+        return jnp.stack([function(one[k], other[k]) for k in range(num)])
+    return lax.map(lambda pair: function(*pair), (one, other))
+
+
+def _fold(stacked: Array, axis: int) -> Array:
+    """Merge the leading axis into one of the others, as its slower part."""
+    axis %= stacked.ndim - 1
+    moved = jnp.moveaxis(stacked, 0, axis)
+    return moved.reshape(*moved.shape[:axis], -1, *moved.shape[axis + 2 :])
+
+
+def _unfold(folded: Array, axis: int, num: int) -> Array:
+    """Inverse of :func:`_fold`."""
+    axis %= folded.ndim
+    parts = folded.reshape(*folded.shape[:axis], num, -1, *folded.shape[axis + 1 :])
+    return jnp.moveaxis(parts, axis, 0)
+
+
+def _varying_axes(x: Array) -> frozenset[str]:
+    """Mesh axes over which a value differs inside ``shard_map``; none outside."""
+    return frozenset(jax.typeof(x).manual_axis_type.varying)
+
+
+def _varying(x: Array, axes: frozenset[str]) -> Array:
+    """Declare a value as differing over mesh axes; the transpose sums over them (08a §A.1.3)."""
+    missing = tuple(sorted(axes - _varying_axes(x)))
+    return lax.pcast(x, missing, to="varying") if missing else x
+
+
+# ------------------------------------------------------------------------------- formulations
+
+
+def _convolve(problem: _Problem, x: Array, kernel: Array) -> Array:
+    if not problem.shifts_depth:
+        return _direct(x, kernel, problem.stride)
+    # One wide convolution is two to three times as fast as three narrow ones, for the gradient of
+    # the input too; for the kernel's gradient the shifted inputs are.
+    if problem.keeps_size:
+        return _planes_then_sum(x, kernel)
+    return _sum_of_planes(x, kernel, problem.stride)
+
+
+def _input_grad(problem: _Problem, grad: Array, kernel: Array) -> Array:
+    if problem.shifts_depth and problem.keeps_size:
+        transposed = jnp.flip(kernel, (0, 1, 2)).swapaxes(-1, -2)
+        return _planes_then_sum(grad, transposed)
+    shape = (grad.shape[0], *problem.space_in, kernel.shape[-2])
+    zeros = _varying(jnp.zeros(shape, grad.dtype), _varying_axes(grad))
+    return jax.vjp(lambda x: _convolve(problem, x, kernel), zeros)[1](grad)[0]
+
+
+def _kernel_grad(problem: _Problem, x: Array, grad: Array) -> Array:
+    shape = (*problem.kernel_size, x.shape[-1], grad.shape[-1])
+    zeros = _varying(jnp.zeros(shape, grad.dtype), _varying_axes(grad))
+    formulation = _sum_of_planes if problem.shifts_depth else _direct
+    return jax.vjp(lambda kernel: formulation(x, kernel, problem.stride), zeros)[1](grad)[0]
 
 
 def _direct(x: Array, kernel: Array, stride: tuple[int, ...]) -> Array:
@@ -53,12 +208,6 @@ def _direct(x: Array, kernel: Array, stride: tuple[int, ...]) -> Array:
         padding=[((k - 1) // 2, (k - 1) // 2) for k in kernel.shape[:-2]],
         dimension_numbers=(f"N{axes}C", f"{axes}IO", f"N{axes}C"),
     )
-
-
-def _depth_shifted(x: Array, kernel: Array, stride: tuple[int, ...]) -> Array:
-    if stride == (1, 1, 1) and kernel.shape[0] % 2 == 1:
-        return _unit_stride(x, kernel)
-    return _sum_of_planes(x, kernel, stride)
 
 
 def _sum_of_planes(x: Array, kernel: Array, stride: tuple[int, ...]) -> Array:
@@ -97,27 +246,6 @@ def _planes_then_sum(x: Array, kernel: Array) -> Array:
         total = plane if total is None else total + plane
     assert total is not None
     return total
-
-
-@jax.custom_vjp
-def _unit_stride(x: Array, kernel: Array) -> Array:
-    # One wide convolution is two to three times as fast as three narrow ones in both directions;
-    # for the kernel's gradient the shifted inputs are.
-    return _planes_then_sum(x, kernel)
-
-
-def _unit_stride_forward(x: Array, kernel: Array) -> tuple[Array, tuple[Array, Array]]:
-    return _planes_then_sum(x, kernel), (x, kernel)
-
-
-def _unit_stride_backward(saved: tuple[Array, Array], grad: Array) -> tuple[Array, Array]:
-    x, kernel = saved
-    transposed = jnp.flip(kernel, (0, 1, 2)).swapaxes(-1, -2)
-    _, pull_back = jax.vjp(lambda k: _sum_of_planes(x, k, (1, 1, 1)), kernel)
-    return _planes_then_sum(grad, transposed), pull_back(grad)[0]
-
-
-_unit_stride.defvjp(_unit_stride_forward, _unit_stride_backward)
 
 
 def upsample(

@@ -39,11 +39,11 @@ class Execution:
     exact_stats: bool = False
 
     @staticmethod
-    def auto(dtype: str = "auto", *, num_devices: int = 1) -> "Execution":
+    def auto(dtype: str = "auto", *, space: int = 1) -> "Execution":
         """The usual choice for this machine: bfloat16 on accelerators, float32 on CPU."""
         if dtype == "auto":
             dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
-        return Execution(default_backend(num_devices), dtype)  # type: ignore[arg-type]
+        return Execution(default_backend(space), dtype)  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)
