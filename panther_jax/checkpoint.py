@@ -425,7 +425,7 @@ def params_sha256(params: Params) -> str:
     for path, leaf in sorted(walk(params), key=lambda item: item[0]):
         array = np.ascontiguousarray(leaf)
         digest.update(f"{'/'.join(path)} {array.dtype} {array.shape}".encode())
-        digest.update(array)
+        digest.update(array.data)
     return digest.hexdigest()
 
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float32, Int, Integer, Num
+from jaxtyping import Float32, Integer, Num
 
 from panther_jax.completeness import count_not_finite, require_complete
 from panther_jax.plans import Geometry, Labels, read_json
@@ -118,8 +118,12 @@ def read_image(paths: Sequence[Path]) -> tuple[Float32[np.ndarray, "channel z y 
     return np.stack(channels), first
 
 
-def read_label(path: Path) -> tuple[Int[np.ndarray, "z y x"], Geometry]:
+def read_label(
+    path: Path, *, unsigned: bool = False
+) -> tuple[Integer[np.ndarray, "z y x"], Geometry]:
     """Read a label map as int16, or int32 where a value needs it; floats must hold whole numbers.
+
+    With ``unsigned`` a file of uint8 is left as it is, which takes half the time.
 
     Raises:
         FileNotFoundError: if the file is missing.
@@ -137,6 +141,8 @@ def read_label(path: Path) -> tuple[Int[np.ndarray, "z y x"], Geometry]:
                 "\n  Labels are integers; was the map resampled with interpolation? Redo it with "
                 "nearest neighbour."
             )
+    if unsigned and array.dtype == np.uint8:
+        return array, geometry
     low, high = array.min(), array.max()
     for dtype in (np.int16, np.int32):
         if np.iinfo(dtype).min <= low and high <= np.iinfo(dtype).max:

@@ -1,109 +1,99 @@
-"""Sliding-window prediction and the way back from logits to a label map on the raw grid (spec 05).
+"""Sliding-window prediction: tiles, their weights, mirroring, accumulation (spec 05 §2-§6).
 
 A *tile* is a window of the preprocessed image. The network is a function
-``forward(params, tiles (1, *tile, C)) -> logits (1, *tile, K)`` that JAX can trace.
+``forward(params, tiles (B, *tile, C)) -> logits (B, *tile, K)`` that JAX can trace; ``params`` is
+any pytree. It is compiled once; what depends on the size of an image is small and compiles fast.
 """
 
-import itertools
 import logging
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import lru_cache, partial
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float, Integer
-from scipy.special import expit
+from jaxtyping import Float
 
-from panther_jax.plans import Labels, Plans, Properties
-from panther_jax.resampling import resample_logits
+from panther_jax.tiles import (
+    Starts,
+    batches,
+    importance_map,
+    mirror_combinations,
+    pad_to_tile,
+    padded_size,
+    tile_starts,
+    weight_sum,
+)
 
 log = logging.getLogger("panther_jax")
 
-IMPORTANCE_MAXIMUM = 10.0  # spec 05 §4.1
-IMPORTANCE_SIGMA = 1 / 8  # of the tile size
+SLICE_BUCKET = 32  # number of slices of 2-D predictions is rounded up to a multiple of this
+BUCKETS = 8  # a tile's edge divided by this is the step of compiled sizes
+BATCH_VOXELS = 1 << 21  # small tiles are batched up to so many voxels on accelerators
+MAX_BATCH = 8
+SCRATCH_BYTES = 1024  # a voxel of a batch of tiles: what the network's activations may take
 _TOO_LARGE = (
     "not enough device memory for an image of %s voxels with %d outputs beside tiles of %s; "
     "adding up the tiles in host memory instead"
 )
-SLICE_BUCKET = 32  # number of slices of 2-D predictions is rounded up to a multiple of this
 
 Forward = Callable[[Any, Any], Any]
 Progress = Callable[[int, int], None]
-Predictor = Callable[..., np.ndarray]
-
-# ---------------------------------------------------------------------------- tiles and weights
-
-
-def tile_starts(
-    size: tuple[int, ...], tile: tuple[int, ...], step: float
-) -> tuple[tuple[int, ...], ...]:
-    """Positions of the tiles along each axis (spec 05 §3).
-
-    ``step`` is the largest distance of two tiles as a fraction of the tile. The first tile starts
-    at 0, the last ends at ``size``; in between equidistant, rounded half to even.
-
-    Raises:
-        ValueError: if the step is not in (0, 1], or the tile is larger than ``size``.
-    """
-    if not 0 < step <= 1:
-        raise ValueError(f"step size is {step}; expected a fraction of the tile in (0, 1]")
-    if len(size) != len(tile) or any(n < k for n, k in zip(size, tile, strict=True)):
-        raise ValueError(f"tile {tile} does not fit in {size}; pad the image to at least the tile")
-    return tuple(_axis_starts(n, k, step) for n, k in zip(size, tile, strict=True))
-
-
-def _axis_starts(size: int, tile: int, step: float) -> tuple[int, ...]:
-    count = math.ceil((size - tile) / (tile * step)) + 1
-    stride = (size - tile) / (count - 1) if count > 1 else 0.0
-    return tuple(round(stride * i) for i in range(count))
-
-
-def importance_map(
-    tile: tuple[int, ...], *, maximum: float = IMPORTANCE_MAXIMUM, dtype: Any = np.float16
-) -> Float[np.ndarray, "..."]:
-    """Gaussian weight of each voxel of a tile, centred at ``tile // 2`` (spec 05 §4).
-
-    Evaluated in float64, then cast to float32 and to ``dtype``; what the cast makes 0 becomes the
-    smallest weight that is not.
-    """
-    exponent = np.zeros((1,) * len(tile))
-    for axis, size in enumerate(tile):
-        offset = (np.arange(size) - size // 2) / (size * IMPORTANCE_SIGMA)
-        shape = tuple(size if a == axis else 1 for a in range(len(tile)))
-        exponent = exponent + (offset**2).reshape(shape)
-    # Through float32: the reference's sums over whole maps show that it rounds twice.
-    weights = (maximum * np.exp(-0.5 * exponent)).astype(np.float32).astype(dtype)
-    weights[weights == 0] = weights[weights > 0].min()
-    return weights
-
-
-def mirror_combinations(axes: tuple[int, ...]) -> tuple[tuple[int, ...], ...]:
-    """All non-empty subsets of the mirror axes, by size, then lexicographically (spec 05 §5.3)."""
-    ordered = sorted(axes)
-    sizes = range(1, len(ordered) + 1)
-    return tuple(c for n in sizes for c in itertools.combinations(ordered, n))
-
-
-def _weight_sum(
-    size: tuple[int, ...], starts: tuple[tuple[int, ...], ...], weights: np.ndarray
-) -> np.ndarray:
-    # The tiles form a grid, so the sum over all of them can be taken one axis after the other.
-    total = weights.astype(np.float32)
-    for axis, positions in enumerate(starts):
-        shape = (*total.shape[:axis], size[axis], *total.shape[axis + 1 :])
-        summed = np.zeros(shape, np.float32)
-        for start in positions:
-            window = [slice(None)] * len(size)
-            window[axis] = slice(start, start + total.shape[axis])
-            summed[tuple(window)] += total
-        total = summed
-    return total
-
+Predictor = Callable[..., Any]
+Place = Literal["auto", "device", "host"]
 
 # -------------------------------------------------------------------------------- sliding window
+
+
+@dataclass(frozen=True)
+class DeviceLogits:
+    """Logits left on the device; iterating fetches one class (Z, Y, X) at a time."""
+
+    total: Any  # (K, *bucket)
+    inner: tuple[slice, ...]
+
+    def __len__(self) -> int:
+        return self.total.shape[0]
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        return (np.asarray(self.total[head])[self.inner] for head in range(len(self)))
+
+    def to_host(self) -> np.ndarray:
+        """All classes (K, Z, Y, X)."""
+        if _platform(self.total) == "cpu":
+            return np.asarray(self.total)[(slice(None), *self.inner)]  # no copy
+        shape = tuple(s.stop - s.start for s in self.inner)
+        logits = np.empty((len(self), *shape), np.float32)
+        for index, head in enumerate(self):
+            logits[index] = head
+        return logits
+
+
+@dataclass(frozen=True)
+class _Work:
+    """One image on its way: padded, where its tiles are, who wants to know how far it is."""
+
+    padded: np.ndarray
+    inner: tuple[slice, ...]
+    starts: Starts
+    num_members: int
+    progress: Progress | None
+
+    @property
+    def size(self) -> tuple[int, ...]:
+        return self.padded.shape[1:]
+
+    @property
+    def num_tiles(self) -> int:
+        return math.prod(len(s) for s in self.starts)
+
+    def tell(self, done: int, result: Any) -> None:
+        if self.progress is not None:
+            result.block_until_ready()  # or it would report what is queued, not what is done
+            self.progress(done, self.num_members * self.num_tiles)
 
 
 def make_predictor(
@@ -115,57 +105,106 @@ def make_predictor(
     step_size: float = 0.5,
     gaussian: bool = True,
     accumulate: Literal["float32", "reference"] = "float32",
+    accumulate_on: Place = "auto",
+    tile_batch: int | None = None,
 ) -> Predictor:
-    """Make ``predict(params, image (C,Z,Y,X), progress=None) -> logits (K,Z,Y,X)``.
+    """Make ``predict(params, image (C,Z,Y,X), progress=None, lazy=False) -> logits (K,Z,Y,X)``.
 
     Images smaller than the tile are padded with 0, centred. A tile of two axes predicts slice by
     slice. ``mirror_axes`` are spatial axes of the tile; logits are averaged over all mirrored
-    variants. ``accumulate="float32"`` sums on the device, compiles once for each padded shape, and
-    returns float32; where the device memory does not suffice, it sums on the host.
-    ``"reference"`` sums in float16 on the host as nnU-Net does (spec 05 §5.1) and returns float16.
-    ``progress(done, total)`` is called after each tile. One predictor should serve many cases and
-    parameter sets: it holds the compiled functions.
+    variants. A list or tuple of ``params`` stands for members (folds) whose logits are averaged, in
+    one accumulator, one member's parameters on the device at a time.
+
+    ``accumulate="float32"`` returns float32. ``accumulate_on`` says where the tiles add up; "auto"
+    decides from sizes: on the host for CPUs and for what does not fit on the device, with the same
+    result. ``lazy`` leaves logits that add up on the device there, as :class:`DeviceLogits`.
+    ``accumulate="reference"`` sums in float16 on the host as nnU-Net does (spec 05 §5.1), a member
+    after the other (§6), and returns float16.
+    ``tile_batch`` tiles go through the network at once (default: 1 on CPU, more of small tiles on
+    accelerators). ``progress(done, total)`` is called after each batch of tiles. One predictor
+    should serve many cases and parameter sets: it holds the compiled functions.
 
     Raises:
         ValueError: if tile, mirror axes, step size or accumulation mode are not usable.
     """
-    _check_settings(tile, mirror_axes, step_size, accumulate)
+    _check_settings(tile, mirror_axes, step_size, accumulate, accumulate_on)
     window = tile if len(tile) == 3 else (1, *tile)
     weights = importance_map(tile) if gaussian else np.ones(tile, np.float16)
     weights = weights.reshape(window)
-    mirrored = _mirrored(forward, mirror_combinations(mirror_axes))
-    on_device = _device_accumulation(mirrored, weights, num_outputs, batch_axis=len(tile) == 3)
-    on_host = _host_accumulation(jax.jit(mirrored), weights, num_outputs, len(tile) == 3)
+    batch = tile_batch or default_tile_batch(tile)
+    run = _mirrored(jax.jit(forward), mirror_combinations(mirror_axes))
+    engine = _Engine(
+        on_device=_device_accumulation(run, weights, num_outputs, batch, tile),
+        on_host=_host_accumulation(run, weights, num_outputs, batch, tile),
+        num_outputs=num_outputs,
+        tile=tile,
+        step_size=step_size,
+        batch=batch,
+        accumulate=accumulate,
+        accumulate_on=accumulate_on,
+    )
+    return engine.predict
+
+
+@dataclass(frozen=True)
+class _Engine:
+    """What a predictor is made of: its two accumulations and the settings that choose."""
+
+    on_device: Callable[..., Any]
+    on_host: Callable[..., np.ndarray]
+    num_outputs: int
+    tile: tuple[int, ...]
+    step_size: float
+    batch: int
+    accumulate: str
+    accumulate_on: Place
 
     def predict(
-        params: Any, image: Float[np.ndarray, "channel z y x"], progress: Progress | None = None
-    ) -> Float[np.ndarray, "output z y x"]:
-        padded, inner = _pad_to_tile(image, window)
-        starts = tile_starts(padded.shape[4 - len(tile) :], tile, step_size)
-        if len(tile) == 2:
-            starts = (tuple(range(padded.shape[1])), *starts)
-        if accumulate == "reference":
-            logits = on_host(params, padded, starts, progress, np.float16)
-        else:
+        self,
+        params: Any,
+        image: Float[np.ndarray, "channel z y x"],
+        progress: Progress | None = None,
+        lazy: bool = False,
+    ) -> Any:
+        members = list(params) if isinstance(params, (list, tuple)) else [params]
+        if not members:
+            raise ValueError("no parameters to predict with; name at least one fold")
+        work = self._work(image, len(members), progress)
+        if self.accumulate == "reference":
+            parts = range(len(members))
+            logits = mean_logits(
+                self.on_host(members[n : n + 1], work, np.float16, n) for n in parts
+            )
+            return _checked(logits[(slice(None), *work.inner)], self.accumulate)
+        place = self.accumulate_on
+        if place == "auto":
+            window = self.tile if len(self.tile) == 3 else (1, *self.tile)
+            place = _place(members[0], work, self.num_outputs, window, self.batch)
+        if place == "device":
             try:
-                logits = on_device(params, padded, starts, progress)
+                return self.on_device(members, work, lazy)
             except jax.errors.JaxRuntimeError as error:
                 if "RESOURCE_EXHAUSTED" not in str(error):
                     raise
-                log.warning(_TOO_LARGE, padded.shape[1:], num_outputs, tile)
-                logits = on_host(params, padded, starts, progress, np.float32)
-        if np.isinf(logits).any():
-            raise ValueError(
-                f"the predicted logits are infinite with accumulate={accumulate!r}; the network "
-                "diverged, or its logits are too large for float16 (use accumulate='float32')"
-            )
-        return np.ascontiguousarray(logits[(slice(None), *inner)])
+                log.warning(_TOO_LARGE, work.size, self.num_outputs, self.tile)
+        logits = self.on_host(members, work, np.float32, 0)
+        return _checked(logits[(slice(None), *work.inner)], self.accumulate)
 
-    return predict
+    def _work(self, image: np.ndarray, num_members: int, progress: Progress | None) -> _Work:
+        flat = len(self.tile) == 2
+        padded, inner = pad_to_tile(image, (1, *self.tile) if flat else self.tile)
+        starts = tile_starts(padded.shape[4 - len(self.tile) :], self.tile, self.step_size)
+        if flat:
+            starts = (tuple(range(padded.shape[1])), *starts)
+        return _Work(padded, inner, starts, num_members, progress)
 
 
 def _check_settings(
-    tile: tuple[int, ...], mirror_axes: tuple[int, ...], step_size: float, accumulate: str
+    tile: tuple[int, ...],
+    mirror_axes: tuple[int, ...],
+    step_size: float,
+    accumulate: str,
+    accumulate_on: str,
 ) -> None:
     if len(tile) not in (2, 3) or any(k < 1 for k in tile):
         raise ValueError(f"tile {tile} must have 2 or 3 positive sizes")
@@ -175,6 +214,23 @@ def _check_settings(
         raise ValueError(f"step size is {step_size}; expected a fraction of the tile in (0, 1]")
     if accumulate not in ("float32", "reference"):
         raise ValueError(f"accumulate is {accumulate!r}; expected 'float32' or 'reference'")
+    if accumulate_on not in ("auto", "device", "host"):
+        raise ValueError(f"accumulate_on is {accumulate_on!r}; expected 'auto', 'device' or 'host'")
+
+
+def _checked(logits: np.ndarray, accumulate: str) -> np.ndarray:
+    for head in logits:
+        if not np.isfinite(head).all():
+            raise ValueError(_not_finite(accumulate))
+    return logits
+
+
+def _not_finite(accumulate: str) -> str:
+    return (
+        f"the predicted logits are infinite or NaN with accumulate={accumulate!r}; the network "
+        "diverged, or its logits are too large for float16 (use accumulate='float32' and dtype "
+        "float32)"
+    )
 
 
 def mean_logits(
@@ -196,33 +252,88 @@ def mean_logits(
     return np.divide(total, total.dtype.type(count), out=total) if count > 1 else total
 
 
-def _mirrored(forward: Forward, combinations: tuple[tuple[int, ...], ...]) -> Forward:
-    def predict_tile(params: Any, tiles: jax.Array) -> jax.Array:
-        total = forward(params, tiles)
-        for axes in combinations:
-            flipped_axes = tuple(a + 1 for a in axes)
-            flipped = forward(params, jnp.flip(tiles, flipped_axes))
-            total = total + jnp.flip(flipped, flipped_axes)
-        return total / (len(combinations) + 1)
-
-    return predict_tile
+# ------------------------------------------------------------------------ what is decided by size
 
 
-def _pad_to_tile(image: np.ndarray, window: tuple[int, ...]) -> tuple[np.ndarray, tuple]:
-    deficits = [max(k - n, 0) for n, k in zip(image.shape[1:], window, strict=True)]
-    before = [d // 2 for d in deficits]  # spec 05 §2: an odd remainder goes to the high end
-    widths = [(0, 0), *((b, d - b) for b, d in zip(before, deficits, strict=True))]
-    inner = tuple(slice(b, b + n) for b, n in zip(before, image.shape[1:], strict=True))
-    return np.pad(image.astype(np.float32, copy=False), widths), inner
+def default_tile_batch(tile: tuple[int, ...]) -> int:
+    """Tiles in one call of the network: one on a CPU, on accelerators enough to keep them busy."""
+    if jax.default_backend() == "cpu":
+        return 1
+    return min(MAX_BATCH, max(1, BATCH_VOXELS // math.prod(tile)))
+
+
+def host_bytes(
+    size: tuple[int, ...], tile: tuple[int, ...], *, num_channels: int, num_outputs: int
+) -> int:
+    """Host memory that predicting an image of ``size`` takes where tiles add up on the host."""
+    return 4 * math.prod(padded_size(size, tile)) * (2 * num_channels + num_outputs + 1)
+
+
+def _place(params: Any, work: _Work, num_outputs: int, window: tuple[int, ...], batch: int) -> Any:
+    """Where to add up: on a CPU in NumPy, which needs no compilation and no second copy."""
+    leaf = next((x for x in jax.tree.leaves(params) if isinstance(x, jax.Array)), None)
+    device = jax.devices()[0] if leaf is None else min(leaf.devices(), key=lambda d: d.id)
+    if device.platform == "cpu":
+        return "host"
+    stats = device.memory_stats() or {}
+    if "bytes_limit" not in stats:
+        return "device"
+    # Twice the outputs: those of the case before may still be there, being exported.
+    voxels = math.prod(_bucket(work.size, window))
+    needed = 4 * voxels * (2 * num_outputs + work.padded.shape[0] + 1)
+    needed += batch * math.prod(window) * (SCRATCH_BYTES + 8 * num_outputs)
+    free = stats["bytes_limit"] - stats.get("bytes_in_use", 0)
+    if needed <= free:
+        return "device"
+    log.info(
+        "an image of %s voxels with %d outputs would take %.1f GB of device memory, %.1f GB are "
+        "free: adding up the tiles in host memory",
+        work.size,
+        num_outputs,
+        needed / 1e9,
+        free / 1e9,
+    )
+    return "host"
+
+
+def _platform(array: Any) -> str:
+    return next(iter(array.devices())).platform
 
 
 def _bucket(size: tuple[int, ...], window: tuple[int, ...]) -> tuple[int, ...]:
-    """The compiled shape for a size: the tile, then multiples of half a tile (spec 08 §8.6)."""
+    """The compiled shape for a size: the tile, then steps of a part of it (spec 08 §8.6)."""
     rounded = []
     for n, k in zip(size, window, strict=True):
-        unit = SLICE_BUCKET if k == 1 else k // 2
+        unit = SLICE_BUCKET if k == 1 else max(1, k // BUCKETS)
         rounded.append(k + math.ceil((n - k) / unit) * unit)
     return tuple(rounded)
+
+
+# ------------------------------------------------------------------------------------- the tiles
+
+
+def _mirrored(run: Forward, combinations: tuple[tuple[int, ...], ...]) -> Forward:
+    """The mean over mirrored variants, each through the one compiled network."""
+    if not combinations:
+        return run
+    flip = partial(jax.jit, static_argnums=1)(jnp.flip)
+
+    @partial(jax.jit, static_argnums=2, donate_argnums=0)
+    def add_flipped(total: jax.Array, logits: jax.Array, axes: tuple[int, ...]) -> jax.Array:
+        return total + jnp.flip(logits, axes)
+
+    @partial(jax.jit, donate_argnums=0)
+    def divide(total: jax.Array) -> jax.Array:
+        return total / (len(combinations) + 1)
+
+    def predict_tiles(params: Any, tiles: jax.Array) -> jax.Array:
+        total = run(params, tiles)
+        for axes in combinations:
+            flipped_axes = tuple(a + 1 for a in axes)
+            total = add_flipped(total, run(params, flip(tiles, flipped_axes)), flipped_axes)
+        return divide(total)
+
+    return predict_tiles
 
 
 def _placement(params: Any) -> Any:
@@ -235,165 +346,118 @@ def _placement(params: Any) -> Any:
     return None
 
 
+def _transferred(params: Any) -> Any:
+    """Parameters on a device: once, not with every tile."""
+    if all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(params)):
+        return params
+    return jax.device_put(params)
+
+
+# ------------------------------------------------------------------------------- accumulation
+
+
 def _device_accumulation(
-    predict_tile: Forward, weights: np.ndarray, num_outputs: int, *, batch_axis: bool
-) -> Callable[..., np.ndarray]:
+    run: Forward, weights: np.ndarray, num_outputs: int, batch: int, tile: tuple[int, ...]
+) -> Callable[..., Any]:
     window = weights.shape
 
-    @partial(jax.jit, donate_argnums=3)
-    def add_tile(params: Any, image: jax.Array, weight: jax.Array, total: jax.Array, start: Any):
-        corner = (start[0], start[1], start[2], 0)
-        tiles = jax.lax.dynamic_slice(image, corner, (*window, image.shape[-1]))
-        # A slice of a 2-D prediction is already a batch of one.
-        logits = predict_tile(params, tiles[None] if batch_axis else tiles)
-        logits = (logits[0] if batch_axis else logits).astype(jnp.float32)
-        here = jax.lax.dynamic_slice(total, corner, logits.shape)
-        return jax.lax.dynamic_update_slice(total, here + logits * weight[..., None], corner)
-
     @jax.jit
-    def normalise(total: jax.Array, weight_sum: jax.Array) -> jax.Array:
-        return jnp.moveaxis(total / weight_sum[..., None], -1, 0)
+    def cut(image: jax.Array, starts: jax.Array) -> jax.Array:
+        corners = [(start[0], start[1], start[2], 0) for start in starts]
+        size = (*window, image.shape[-1])
+        tiles = jnp.stack([jax.lax.dynamic_slice(image, c, size) for c in corners])
+        return tiles.reshape(batch, *tile, image.shape[-1])
 
-    @lru_cache(maxsize=2)  # the folds of a case share it
-    def weight_sum(size: tuple[int, ...], starts: tuple[tuple[int, ...], ...]) -> np.ndarray:
+    @partial(jax.jit, donate_argnums=0)
+    def add(total: jax.Array, logits: jax.Array, weight: jax.Array, starts: Any, count: Any):
+        logits = jnp.moveaxis(logits.astype(jnp.float32), -1, 1)
+        logits = logits.reshape(batch, num_outputs, *window)
+        for number in range(batch):  # one after the other: tiles overlap
+            corner = (0, starts[number, 0], starts[number, 1], starts[number, 2])
+            here = jax.lax.dynamic_slice(total, corner, (num_outputs, *window))
+            product = jnp.where(number < count, logits[number] * weight, 0.0)
+            total = jax.lax.dynamic_update_slice(total, here + product, corner)
+        return total
+
+    @partial(jax.jit, donate_argnums=0)
+    def normalise(total: jax.Array, weight_sum: jax.Array) -> tuple[jax.Array, jax.Array]:
+        logits = total / weight_sum
+        return logits, jnp.isfinite(logits).all()
+
+    @lru_cache(maxsize=2)
+    def padded_sum(size: tuple[int, ...], starts: Starts) -> np.ndarray:
         rim = [(0, b - n) for b, n in zip(_bucket(size, window), size, strict=True)]
-        return np.pad(_weight_sum(size, starts, weights), rim, constant_values=1.0)
+        return np.pad(weight_sum(size, starts, weights), rim, constant_values=1.0)
 
-    def accumulate(
-        params: Any,
-        padded: np.ndarray,
-        starts: tuple[tuple[int, ...], ...],
-        progress: Progress | None,
-    ) -> np.ndarray:
-        size, place = padded.shape[1:], _placement(params)
-        bucket = _bucket(size, window)
-        image = np.zeros((*bucket, padded.shape[0]), np.float32)
-        image[tuple(slice(n) for n in size)] = np.moveaxis(padded, 0, -1)
-        image = jax.device_put(image, place)
-        weight = jax.device_put(weights.astype(np.float32), place)
-        total = jnp.zeros((*bucket, num_outputs), jnp.float32, device=place)
-        for start, done, count in _visits(starts):
-            total = add_tile(params, image, weight, total, np.asarray(start, np.int32))
-            if progress is not None:
-                total.block_until_ready()  # or it would report what is queued, not what is done
-                progress(done, count)
-        logits = normalise(total, jax.device_put(weight_sum(size, starts), place))
-        return np.asarray(logits)[(slice(None), *(slice(n) for n in size))]
+    def accumulate(members: Sequence[Any], work: _Work, lazy: bool) -> Any:
+        bucket = _bucket(work.size, window)
+        image = np.zeros((*bucket, work.padded.shape[0]), np.float32)
+        image[tuple(slice(n) for n in work.size)] = np.moveaxis(work.padded, 0, -1)
+        total = placed = weight = None
+        done = 0
+        for params in members:
+            params = _transferred(params)
+            place = _placement(params)
+            if total is None:
+                placed = jax.device_put(image, place)
+                weight = jax.device_put(weights.astype(np.float32), place)
+                total = jnp.zeros((num_outputs, *bucket), jnp.float32, device=place)
+            for starts, used in batches(work.starts, batch):
+                total = add(total, run(params, cut(placed, starts)), weight, starts, used)
+                done += used
+                work.tell(done, total)
+        sums = padded_sum(work.size, work.starts) * np.float32(len(members))
+        logits, finite = normalise(total, jax.device_put(sums, _placement(total)))
+        if not finite:
+            raise ValueError(_not_finite("float32"))
+        found = DeviceLogits(logits, work.inner)
+        return found if lazy else found.to_host()
 
     return accumulate
 
 
 def _host_accumulation(
-    predict_tile: Forward, weights: np.ndarray, num_outputs: int, batch_axis: bool
+    run: Forward, weights: np.ndarray, num_outputs: int, batch: int, tile: tuple[int, ...]
 ) -> Callable[..., np.ndarray]:
     window = weights.shape
 
-    def accumulate(
-        params: Any,
-        padded: np.ndarray,
-        starts: tuple[tuple[int, ...], ...],
-        progress: Progress | None,
-        dtype: Any,
-    ) -> np.ndarray:
-        total = np.zeros((num_outputs, *padded.shape[1:]), dtype)
-        weight_sum = np.zeros(padded.shape[1:], dtype)
-        weight = weights.astype(dtype)
-        for start, done, count in _visits(starts):
+    def tiles_at(work: _Work, starts: np.ndarray) -> np.ndarray:
+        tiles = np.empty((batch, *window, work.padded.shape[0]), np.float32)
+        for target, start in zip(tiles, starts, strict=True):
             here = tuple(slice(s, s + k) for s, k in zip(start, window, strict=True))
-            tiles = np.moveaxis(padded[(slice(None), *here)], 0, -1)
-            logits = predict_tile(params, jnp.asarray(tiles[None] if batch_axis else tiles))
-            logits = np.asarray(logits[0] if batch_axis else logits, np.float32)
-            # spec 05 §5.1: the product and the sum are float32, what is stored is of the dtype
-            total[(slice(None), *here)] += np.moveaxis(logits, -1, 0) * weight
-            weight_sum[here] += weight
-            if progress is not None:
-                progress(done, count)
-        with np.errstate(over="ignore"):  # infinities are reported by the caller
+            target[...] = np.moveaxis(work.padded[(slice(None), *here)], 0, -1)
+        return tiles.reshape(batch, *tile, -1)
+
+    def accumulate(members: Sequence[Any], work: _Work, dtype: Any, earlier: int) -> np.ndarray:
+        total = np.zeros((num_outputs, *work.size), dtype)
+        weight_sum = np.zeros(work.size, dtype)
+        weight = weights.astype(dtype)
+
+        def add(logits: Any, starts: np.ndarray, used: int) -> None:
+            logits = np.asarray(logits, np.float32).reshape(batch, *window, num_outputs)
+            for number in range(used):
+                bounds = zip(starts[number], window, strict=True)
+                here = tuple(slice(s, s + k) for s, k in bounds)
+                # spec 05 §5.1: product and sum are float32, what is stored is of the dtype
+                for head in range(num_outputs):
+                    total[(head, *here)] += logits[number, ..., head] * weight
+                weight_sum[here] += weight
+
+        done = earlier * work.num_tiles
+        waiting = None  # one batch computes while the one before is added
+        for params in members:
+            params = _transferred(params)
+            place = _placement(params)
+            for starts, used in batches(work.starts, batch):
+                logits = run(params, jax.device_put(tiles_at(work, starts), place))
+                if waiting is not None:
+                    add(*waiting)
+                waiting = (logits, starts, used)
+                done += used
+                work.tell(done, logits)
+        if waiting is not None:
+            add(*waiting)
+        with np.errstate(over="ignore", invalid="ignore"):  # reported by the caller
             return np.divide(total, weight_sum, out=total)
 
     return accumulate
-
-
-def _visits(
-    starts: tuple[tuple[int, ...], ...],
-) -> Iterator[tuple[tuple[int, ...], int, int]]:
-    """Tile positions, last axis fastest, with a running count and the total."""
-    count = math.prod(len(s) for s in starts)
-    for done, start in enumerate(itertools.product(*starts), 1):
-        yield start, done, count
-
-
-# ----------------------------------------------------------------------- back to the raw grid
-
-
-def logits_to_label(
-    logits: Float[np.ndarray, "output z y x"], properties: Properties, plans: Plans, labels: Labels
-) -> Integer[np.ndarray, "raw_z raw_y raw_x"]:
-    """Label map on the raw grid from logits on the network's grid (spec 05 §7, §8, §14).
-
-    uint8, or uint16 from 255 foreground labels on. One class at a time is resampled. Resampled
-    values are compared in the dtype of ``logits``; of equal ones the first class wins.
-    """
-    dtype = np.uint8 if len(labels.foreground_ids) < 255 else np.uint16
-    shape = properties.shape_before_resampling
-    found = np.zeros(shape, dtype)
-    if labels.has_regions:
-        for head, value in enumerate(labels.regions_class_order or ()):
-            values = _resampled(logits[head], properties, plans)
-            # spec 05 §8.2: strict, and after the sigmoid, whose float32 rounding has a say
-            found[expit(values.astype(np.float32)) > 0.5] = value
-    else:
-        highest = _resampled(logits[0], properties, plans)
-        for head in range(1, len(logits)):
-            values = _resampled(logits[head], properties, plans)
-            higher = values > highest
-            np.copyto(highest, values, where=higher)
-            found[higher] = head
-    raw = np.zeros(properties.shape_before_crop, dtype)
-    raw[_crop(properties)] = found
-    return np.ascontiguousarray(raw.transpose(plans.transpose_backward))
-
-
-def logits_to_probabilities(
-    logits: Float[np.ndarray, "output z y x"], properties: Properties, plans: Plans, labels: Labels
-) -> Float[np.ndarray, "output raw_z raw_y raw_x"]:
-    """Probabilities, float32, on the raw grid from logits on the network's grid (spec 05 §8.3).
-
-    Softmax over labels, or a sigmoid for each region. Outside the crop the background, output 0 of
-    a label task, is 1 and all else 0.
-    """
-    raw = np.zeros((len(logits), *properties.shape_before_crop), np.float32)
-    if not labels.has_regions:
-        raw[0] = 1.0
-    inside = raw[(slice(None), *_crop(properties))]  # a view
-    for head, one in enumerate(logits):
-        inside[head] = _resampled(one, properties, plans)
-    for z in range(inside.shape[1]):  # slice by slice: no temporary of full size
-        piece = inside[:, z]
-        if labels.has_regions:
-            inside[:, z] = expit(piece)
-        else:
-            powers = np.exp(piece - piece.max(axis=0))
-            inside[:, z] = powers / powers.sum(axis=0)
-    backward = tuple(a + 1 for a in plans.transpose_backward)
-    return np.ascontiguousarray(raw.transpose(0, *backward))
-
-
-def _resampled(one: np.ndarray, properties: Properties, plans: Plans) -> np.ndarray:
-    raw_spacing = tuple(properties.geometry.spacing_zyx[a] for a in plans.transpose_forward)
-    spacing = plans.spacing
-    if len(spacing) == 2:  # spec 05 §7.1: slices keep their distance
-        spacing = (raw_spacing[0], *spacing)
-    resampled = resample_logits(
-        one[None],
-        properties.shape_before_resampling,
-        plans.resampling_logits,
-        spacing=spacing,
-        new_spacing=raw_spacing,
-    )[0]
-    # A copy: the caller writes into it, and nothing changes in size may return the input.
-    return np.array(resampled, dtype=one.dtype)
-
-
-def _crop(properties: Properties) -> tuple[slice, ...]:
-    return tuple(slice(low, high) for low, high in properties.crop_box)

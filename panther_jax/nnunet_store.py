@@ -1,13 +1,14 @@
 """nnU-Net's own preprocessed folders read as they are: ``.b2nd``, ``.npz``, ``.npy``, and ``.pkl``.
 
-The only place where a pickle is read (00 §0.3), by an unpickler that builds builtin containers,
-numbers and numeric NumPy arrays, and nothing else: whatever else a file names is refused before
-anything of it runs.
+The only place where a pickle is read or written (00 §0.3). It is read by an unpickler that builds
+builtin containers, numbers and numeric NumPy arrays, and nothing else: whatever else a file names
+is refused before anything of it runs.
 """
 
 import io
 import logging
 import math
+import os
 import pickle
 import re
 import zipfile
@@ -227,6 +228,32 @@ def _locations(found: Mapping[Any, Any]) -> tuple[tuple[LabelValue, np.ndarray],
 
 
 # ---------------------------------------------------------------------------------- the pickle
+
+
+def write_pickle(path: Path, value: Mapping[str, Any]) -> None:
+    """Write what nnU-Net's ensembler reads beside probabilities: containers, texts, numbers.
+
+    The file appears complete or not at all.
+
+    Raises:
+        StoreError: if the value holds anything else.
+    """
+    _require_plain(value)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_bytes(pickle.dumps(value, protocol=4))
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _require_plain(value: Any) -> None:
+    if type(value) in (dict, list, tuple):
+        parts = [*value, *value.values()] if isinstance(value, dict) else value
+        for part in parts:
+            _require_plain(part)
+    elif type(value) not in (str, int, float, bool, type(None)):
+        raise StoreError(f"{type(value).__name__} is not written to a pickle")
 
 
 def read_pickle(path: Path) -> dict[str, Any]:

@@ -3,24 +3,22 @@
 Label maps, nnU-Net's ``summary.json`` and the PANTHER metrics, ``panther.json``, go to one folder.
 """
 
+import json
 import logging
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import jax
 import numpy as np
 
-from panther_jax import imageio, metrics, pictures
+from panther_jax import devices, export, imageio, metrics, pictures
 from panther_jax.checkpoint import CheckpointError, Checkpoints, TrainState
 from panther_jax.config import ValidationConfig
 from panther_jax.converters import TASK1_CASE
-from panther_jax.inference import (
-    Predictor,
-    logits_to_label,
-    logits_to_probabilities,
-    make_predictor,
-)
+from panther_jax.inference import Predictor, make_predictor
 from panther_jax.log import Progress as LogProgress
 from panther_jax.log import table, write_json
 from panther_jax.model import Net, apply
@@ -28,6 +26,8 @@ from panther_jax.plans import read_json
 from panther_jax.store import Store, StoredCase, read_stored
 
 LOGGER = logging.getLogger("panther_jax")
+PARTS = ".cases"
+"""Folder of what is known of each case until the summary is written."""
 TUMOR_NAMES = ("tumor", "tumour", "lesion")
 
 Progress = Callable[[str, int, int], None]
@@ -45,24 +45,39 @@ def validate(
 ) -> dict[str, Any]:
     """Predict and score cases of a store; returns nnU-Net's summary and writes it last.
 
-    ``overlay.png`` shows a slice of each of the first cases.
-
-    A folder that holds a summary is complete and is only read. ``panther.json`` scores the tumour
-    (a label so named, else the first class) with the PANTHER metrics.
+    ``overlay.png`` shows a slice of each of the first cases. ``panther.json`` scores the tumour
+    (a label so named, else the first class) with the PANTHER metrics. A folder that holds a summary
+    is complete and is only read; one that was interrupted goes on at the first case it lacks.
+    Several processes share the cases.
     """
-    summary_path = folder / "summary.json"
+    summary_path, parts = folder / "summary.json", folder / PARTS
     if summary_path.is_file():
         return read_json(summary_path)
-    folder.mkdir(parents=True, exist_ok=True)
-    scored = []
-    for done, case_id in enumerate(case_ids, start=1):
+    parts.mkdir(parents=True, exist_ok=True)
+    share = case_ids[jax.process_index() :: jax.process_count()]
+    for done, case_id in enumerate(share, start=1):
+        part = parts / f"{case_id}.npz"
+        if part.is_file():
+            continue
         case = read_stored(store, case_id, resident=False)
         logits = predict(params, np.asarray(case.image))
         if save_probabilities:
-            _save_probabilities(folder, case, logits, store)
-        scored.append(_score(store, case, logits, folder))
+            found = export.logits_to_probabilities(
+                logits, case.properties, store.plans, store.labels
+            )
+            export.save_probabilities(folder, case.id, found, case.properties)
+        _write_part(part, _score(store, case, logits, folder))
         if progress is not None:
-            progress(case_id, done, len(case_ids))
+            progress(case_id, done, len(share))
+    devices.wait_for_all("validated")
+    if devices.is_primary():
+        _summarise(store, [_read_part(parts / f"{c}.npz") for c in case_ids], folder)
+        shutil.rmtree(parts)
+    devices.wait_for_all("summarised")
+    return read_json(summary_path)
+
+
+def _summarise(store: Store, scored: Sequence["_Scored"], folder: Path) -> None:
     panther = [s.panther for s in scored]
     write_json(
         folder / "panther.json",
@@ -78,8 +93,7 @@ def validate(
         overlays = [s.overlay for s in scored]
         pictures.plot_overlays(overlays, classes, folder / "overlay.png")
     summary = metrics.summarise([s.entry for s in scored])
-    metrics.write_summary(summary_path, summary)
-    return summary
+    metrics.write_summary(folder / "summary.json", summary)
 
 
 @dataclass(frozen=True)
@@ -89,9 +103,27 @@ class _Scored:
     overlay: pictures.Overlay
 
 
+def _write_part(path: Path, scored: _Scored) -> None:
+    overlay = vars(scored.overlay)
+    arrays: dict[str, Any] = {k: v for k, v in overlay.items() if isinstance(v, np.ndarray)}
+    rest = {name: value for name, value in overlay.items() if name not in arrays}
+    text = json.dumps({"entry": scored.entry, "panther": scored.panther, "overlay": rest})
+    temporary = path.with_name(f".{path.name}.tmp.npz")
+    np.savez(temporary, about=np.array(text), **arrays)
+    temporary.replace(path)
+
+
+def _read_part(path: Path) -> _Scored:
+    with np.load(path, allow_pickle=False) as arrays:
+        about = json.loads(str(arrays["about"]))
+        pictured = {name: arrays[name] for name in arrays.files if name != "about"}
+    overlay = pictures.Overlay(**about["overlay"], **pictured)
+    return _Scored(about["entry"], about["panther"], overlay)
+
+
 def _score(store: Store, case: StoredCase, logits: np.ndarray, folder: Path) -> _Scored:
     """Write the label map of a case and score it on the raw grid."""
-    prediction = logits_to_label(logits, case.properties, store.plans, store.labels)
+    prediction = export.logits_to_label(logits, case.properties, store.plans, store.labels)
     geometry = case.properties.geometry
     path = folder / f"{case.id}{store.dataset['file_ending']}"
     imageio.write_label(path, prediction, geometry)
@@ -110,12 +142,6 @@ def _score(store: Store, case: StoredCase, logits: np.ndarray, folder: Path) -> 
     )
     overlay = _overlay(case, logits, store, counts)
     return _Scored(entry, {"subject": case.id, **scores}, overlay)
-
-
-def _save_probabilities(folder: Path, case: StoredCase, logits: np.ndarray, store: Store) -> None:
-    probabilities = logits_to_probabilities(logits, case.properties, store.plans, store.labels)
-    np.savez_compressed(folder / f"{case.id}.npz", probabilities=probabilities)
-    write_json(folder / f"{case.id}.json", case.properties.to_json())
 
 
 def _overlay(
@@ -174,7 +200,7 @@ def validate_checkpoints(
             store,
             case_ids,
             predict,
-            state.params,
+            devices.on_one_device(state.params),
             target,
             save_probabilities=settings.save_probabilities,
             progress=lambda case, done, _total, bar=progress: bar.update(done, case),
@@ -185,9 +211,7 @@ def validate_checkpoints(
     return "\n\n".join(parts)
 
 
-def cases_to_validate(
-    case_ids: Sequence[str], which: Literal["all", "task2"]
-) -> tuple[str, ...]:
+def cases_to_validate(case_ids: Sequence[str], which: Literal["all", "task2"]) -> tuple[str, ...]:
     """The validation cases of a fold that are asked for (spec 03 §7.4).
 
     Raises:

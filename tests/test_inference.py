@@ -1,6 +1,7 @@
 import json
 import logging
 import math
+import tracemalloc
 from functools import partial
 
 import jax
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 from torch_names import canonical_params
 
 from panther_jax import inference
-from panther_jax.plans import ArchSpec, Geometry, Labels, Plans, Properties, Resampler
+from panther_jax.plans import Plans, Resampler
 
 LOGITS_RESAMPLER = Resampler(
     "resample_data_or_seg_to_shape",
@@ -243,23 +244,129 @@ def test_mirroring_averages_logits_of_all_variants():
     np.testing.assert_allclose(predict(params, image), expected, atol=1e-5)
 
 
-def test_compiles_once_for_each_bucket():
+@pytest.mark.parametrize("accumulate_on", ["device", "host"])
+def test_the_network_is_compiled_once(accumulate_on):
     traces = []
 
     def counted(params, tiles):
         traces.append(tiles.shape)
         return skewed(params, tiles)
 
-    predict = inference.make_predictor(counted, tile=(8, 8, 8), num_outputs=3)
-    params, other = toy_params(), toy_params(seed=5)
-    for shape in ((13, 16, 17), (14, 14, 20), (16, 13, 19)):  # all in bucket (16, 16, 20)
-        for one in (params, other):
-            image = noise(2, *shape)
-            expected, _ = by_definition(skewed, one, image, (8, 8, 8))
-            np.testing.assert_allclose(predict(one, image), expected, atol=1e-5)
+    predict = inference.make_predictor(
+        counted, tile=(8, 8, 8), num_outputs=3, accumulate_on=accumulate_on, mirror_axes=(1,)
+    )
+    for shape in ((13, 16, 17), (14, 14, 20), (7, 13, 30)):
+        for one in (toy_params(), toy_params(seed=5)):
+            predict(one, noise(2, *shape))
     assert len(traces) == 1
-    predict(params, noise(2, 21, 16, 20))
-    assert len(traces) == 2
+
+
+def test_sizes_share_buckets():
+    window = (16, 16, 16)
+    buckets = {inference._bucket((n, 17, 16), window) for n in range(17, 33)}
+    assert len(buckets) == 8 and {b[1:] for b in buckets} == {(18, 16)}
+    assert inference._bucket((5, 20, 20), (1, 16, 16))[0] == 33  # slices: tens at a time
+
+
+@pytest.mark.parametrize("tile_batch", [1, 3])
+@pytest.mark.parametrize("shape", [(13, 9, 11), (5, 6, 7)])
+def test_device_and_host_and_batches_agree(shape, tile_batch):
+    image, members = noise(2, *shape), [toy_params(seed=s) for s in range(3)]
+    expected = np.mean([by_definition(skewed, m, image, (6, 8, 6))[0] for m in members], axis=0)
+    found = {}
+    for place in ("device", "host"):
+        predict = inference.make_predictor(
+            skewed, tile=(6, 8, 6), num_outputs=3, accumulate_on=place, tile_batch=tile_batch
+        )
+        found[place] = predict(members, image)
+        assert found[place].dtype == np.float32
+        np.testing.assert_allclose(found[place], expected, atol=1e-5)  # float32 against float64
+        np.testing.assert_array_equal(predict(tuple(members), image), found[place])
+    # the device fuses product and sum, which rounds once instead of twice
+    np.testing.assert_allclose(found["device"], found["host"], rtol=1e-6, atol=1e-6)
+
+
+def test_members_in_reference_mode_are_averaged_in_float16():
+    image, members = noise(2, 9, 8, 11), [toy_params(seed=s) for s in range(3)]
+    predict = inference.make_predictor(
+        skewed, tile=(6, 8, 6), num_outputs=3, accumulate="reference"
+    )
+    calls = []
+    found = predict(members, image, lambda *numbers: calls.append(numbers))
+    np.testing.assert_array_equal(found, inference.mean_logits(predict(m, image) for m in members))
+    assert calls[-1] == (18, 18) and len(calls) == 18  # two by one by three tiles, three members
+
+
+def test_members_on_the_host_are_sent_once_a_case(monkeypatch):
+    members = [jax.tree.map(np.asarray, toy_params(seed=s)) for s in range(2)]
+    image = noise(2, 9, 10, 11)
+    predict = inference.make_predictor(skewed, tile=(6, 6, 6), num_outputs=3)
+    expected = predict([toy_params(seed=s) for s in range(2)], image)
+    sent = []
+    original = jax.device_put
+
+    def watched(value, *place):
+        sent.append(isinstance(value, dict))
+        return original(value, *place)
+
+    monkeypatch.setattr(inference.jax, "device_put", watched)
+    np.testing.assert_array_equal(predict(members, image), expected)
+    assert sum(sent) == 2 and len(sent) > 20  # and every tile
+
+
+def test_logits_may_stay_on_the_device():
+    params, image = toy_params(), noise(2, 9, 5, 11)
+    for place in ("device", "host"):
+        predict = inference.make_predictor(
+            skewed, tile=(6, 8, 6), num_outputs=3, accumulate_on=place
+        )
+        lazy = predict(params, image, lazy=True)
+        assert len(lazy) == 3
+        np.testing.assert_array_equal(np.stack(list(lazy)), predict(params, image))
+
+
+class Device:
+    platform, id = "gpu", 0
+
+    def __init__(self, free):
+        self.free = free
+
+    def memory_stats(self):
+        return {} if self.free is None else {"bytes_limit": self.free + 7, "bytes_in_use": 7}
+
+
+@pytest.mark.parametrize(("free", "expected"), [(None, "device"), (10**9, "device"), (0, "host")])
+def test_where_to_add_up_is_decided_by_size(monkeypatch, caplog, free, expected):
+    monkeypatch.setattr(inference.jax, "devices", lambda: [Device(free)])
+    image = np.zeros((1, 20, 20, 20), np.float32)
+    work = inference._Work(image, (), ((0,), (0,), (0,)), 1, None)
+    with caplog.at_level(logging.INFO, logger="panther_jax"):
+        assert inference._place({}, work, 50, (8, 8, 8), 1) == expected
+    needed = 4 * 20**3 * 102 + 8**3 * (inference.SCRATCH_BYTES + 400)
+    for spare, place in ((-1, "host"), (0, "device")):
+        monkeypatch.setattr(inference.jax, "devices", lambda n=needed + spare: [Device(n)])
+        assert inference._place({}, work, 50, (8, 8, 8), 1) == place
+
+
+def test_host_memory_is_little_more_than_the_logits():
+    image, num_outputs = noise(1, 48, 64, 64), 20
+
+    def wide(params, tiles):
+        return jnp.tile(tiles, num_outputs) * params
+
+    predict = inference.make_predictor(wide, tile=(16, 16, 16), num_outputs=num_outputs)
+    predict(jnp.ones(()), image[:, :16, :16, :16])
+    tracemalloc.start()
+    try:
+        predict(jnp.ones(()), image)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    expected = inference.host_bytes(
+        image.shape[1:], (16, 16, 16), num_channels=1, num_outputs=num_outputs
+    )
+    assert peak < 1.1 * expected
+    assert expected < 1.2 * 4 * num_outputs * image.size
 
 
 @settings(max_examples=4, deadline=None)
@@ -330,7 +437,9 @@ def test_falls_back_to_host_memory(monkeypatch, caplog):
         return accumulate
 
     monkeypatch.setattr(inference, "_device_accumulation", full)
-    predict = inference.make_predictor(skewed, tile=(6, 6, 6), num_outputs=3)
+    predict = inference.make_predictor(
+        skewed, tile=(6, 6, 6), num_outputs=3, accumulate_on="device"
+    )
     with caplog.at_level(logging.WARNING, logger="panther_jax"):
         found = predict(params, image)
     assert found.dtype == np.float32
@@ -338,7 +447,23 @@ def test_falls_back_to_host_memory(monkeypatch, caplog):
     assert "device memory" in caplog.text and "(6, 6, 6)" in caplog.text
 
 
-def test_infinite_logits_are_reported():
+@pytest.mark.parametrize("value", [np.inf, np.nan])
+@pytest.mark.parametrize(
+    "settings_", [("reference", "auto"), ("float32", "device"), ("float32", "host")]
+)
+def test_logits_that_are_not_finite_are_reported(value, settings_):
+    def broken(params, tiles):
+        return jnp.full((*tiles.shape[:-1], 2), value) * params
+
+    accumulate, place = settings_
+    predict = inference.make_predictor(
+        broken, tile=(4, 4, 4), num_outputs=2, accumulate=accumulate, accumulate_on=place
+    )
+    with np.errstate(over="ignore"), pytest.raises(ValueError, match="infinite or NaN"):
+        predict(jnp.ones(()), noise(1, 4, 4, 4))
+
+
+def test_logits_too_large_for_float16_are_reported():
     def huge(params, tiles):
         return jnp.full((*tiles.shape[:-1], 2), 1e6) * params
 
@@ -473,185 +598,3 @@ def test_sliding_window_equals_the_reference(golden, accumulate):
         else:  # spec 05 §5.2: 99.9 % quantile of the difference 0.23, from the rim
             assert close.mean() >= 0.98, (name, close.mean())
             assert same.mean() >= 0.998, (name, same.mean())
-
-
-# -------------------------------------------------------------------------- back to the raw grid
-
-
-def tiny_plans(spacing, transpose=(0, 1, 2), resampler=LOGITS_RESAMPLER):
-    ndim = len(spacing)
-    arch = ArchSpec(
-        network="PlainConvUNet",
-        in_channels=1,
-        num_outputs=3,
-        features=(4, 8),
-        kernel_sizes=((3,) * ndim,) * 2,
-        strides=((1,) * ndim, (2,) * ndim),
-        blocks=(1, 1),
-        decoder_convs=(1,),
-    )
-    return Plans(
-        dataset_name="Dataset001_Toy",
-        plans_name="toy",
-        configuration="toy",
-        spacing=tuple(spacing),
-        patch_size=(8,) * ndim,
-        batch_size=2,
-        batch_dice=False,
-        normalization=("ZScoreNormalization",),
-        use_mask_for_norm=(False,),
-        resampling_image=resampler,
-        resampling_label=resampler,
-        resampling_logits=resampler,
-        arch=arch,
-        transpose_forward=tuple(transpose),
-    )
-
-
-def properties_of(shape_before_crop, crop_box, spacing_zyx, transpose=(0, 1, 2)):
-    raw_shape = [0] * 3
-    for axis, source in enumerate(transpose):
-        raw_shape[source] = shape_before_crop[axis]
-    geometry = Geometry(
-        tuple(raw_shape),
-        tuple(spacing_zyx),
-        (0.0, 0.0, 0.0),
-        (1.0, 0.0, 0.0, 0.0, 1.0, 0.0, 0.0, 0.0, 1.0),
-    )
-    box = tuple((int(low), int(high)) for low, high in crop_box)
-    return Properties(geometry, tuple(shape_before_crop), box, tuple(h - lo for lo, h in box))
-
-
-def golden_exports(golden):
-    arrays = np.load(golden / "inference" / "export.npz")
-    index = json.loads((golden / "inference" / "export.json").read_text())
-    assert index
-    for case, entry in index.items():
-        transpose = tuple(entry["transpose_forward"])
-        stored = entry["properties"]
-        properties = properties_of(
-            stored["shape_before_cropping"],
-            stored["bbox_used_for_cropping"],
-            stored["spacing"],
-            transpose,
-        )
-        plans = tiny_plans(entry["config_spacing"], transpose)
-        labels = Labels.from_dataset_json(entry["dataset_json"])
-        found = {k.split("__")[1]: arrays[k] for k in arrays.files if k.split("__")[0] == case}
-        yield case, found, properties, plans, labels
-
-
-@pytest.mark.golden
-def test_label_maps_equal_the_reference(golden):
-    for case, arrays, properties, plans, labels in golden_exports(golden):
-        label = inference.logits_to_label(arrays["logits"], properties, plans, labels)
-        assert label.dtype == arrays["seg"].dtype
-        assert label.shape == properties.geometry.shape_zyx == arrays["seg"].shape
-        # README: equal but for float16 ties
-        assert (label != arrays["seg"]).mean() <= 0.001, case
-
-
-@pytest.mark.golden
-def test_probabilities_equal_the_reference(golden):
-    for case, arrays, properties, plans, labels in golden_exports(golden):
-        found = inference.logits_to_probabilities(arrays["logits"], properties, plans, labels)
-        assert found.dtype == np.float32
-        assert found.shape == arrays["probs"].shape
-        # README: a float16 ulp of the logits
-        np.testing.assert_allclose(found, arrays["probs"], atol=2e-3, err_msg=case)
-        np.testing.assert_array_equal(found == 0, arrays["probs"] == 0, err_msg=case)
-
-
-TUMOR = Labels((("background", 0), ("tumor", 1), ("pancreas", 2)))
-REGIONS = Labels((("background", 0), ("whole", (1, 2)), ("tumor", 1)), (2, 1))
-
-
-def test_label_map_is_placed_and_transposed_back():
-    transpose = (2, 0, 1)
-    properties = properties_of((9, 6, 7), ((2, 8), (1, 4), (3, 7)), (1.0, 2.0, 3.0), transpose)
-    plans = tiny_plans((3.0, 1.0, 2.0), transpose)  # the raw spacing, transposed: no resampling
-    logits = noise(3, 6, 3, 4)
-    label = inference.logits_to_label(logits, properties, plans, TUMOR)
-    assert label.shape == (6, 7, 9) and label.dtype == np.uint8
-    expected = np.zeros((9, 6, 7), np.uint8)
-    expected[2:8, 1:4, 3:7] = logits.argmax(axis=0)
-    np.testing.assert_array_equal(label.transpose(transpose), expected)
-
-    found = inference.logits_to_probabilities(logits, properties, plans, TUMOR)
-    powers = np.exp(logits.astype(np.float64))
-    everywhere = np.zeros((3, 9, 6, 7))
-    everywhere[0] = 1
-    everywhere[:, 2:8, 1:4, 3:7] = powers / powers.sum(axis=0)
-    np.testing.assert_allclose(found.transpose(0, 3, 1, 2), everywhere, atol=1e-6)
-
-
-@pytest.mark.parametrize("dtype", [np.float16, np.float32])
-def test_first_of_equal_classes_wins_after_rounding(dtype):
-    properties = properties_of((1, 1, 3), ((0, 1), (0, 1), (0, 3)), (1.0, 1.0, 1.0))
-    logits = np.array([[1.0, 2.0, 1.0], [1.0, 2.0001, 3.0], [1.0, 2.0002, 3.0]])
-    logits = logits.reshape(3, 1, 1, 3).astype(dtype)
-    label = inference.logits_to_label(logits, properties, tiny_plans((1.0, 1.0, 1.0)), TUMOR)
-    assert label.ravel().tolist() == ([0, 0, 1] if dtype == np.float16 else [0, 2, 1])
-
-
-def test_resampled_values_are_compared_in_the_dtype_of_the_logits():
-    # Between the samples of output 1 lie values that float16 rounds to those of output 0.
-    properties = properties_of((1, 1, 4), ((0, 1), (0, 1), (0, 4)), (1.0, 1.0, 0.5))
-    plans = tiny_plans((1.0, 1.0, 1.0))
-    logits = np.zeros((3, 1, 1, 2), np.float16)
-    logits[0], logits[1] = 1.0, np.array([1.0, np.nextafter(np.float16(1), np.float16(2))])
-    logits[2] = -1
-    half = inference.logits_to_label(logits, properties, plans, TUMOR).ravel()
-    single = inference.logits_to_label(logits.astype(np.float32), properties, plans, TUMOR).ravel()
-    assert half.tolist() == [0, 0, 1, 1]
-    assert single.tolist() == [0, 1, 1, 1]
-
-
-def test_regions_overwrite_in_class_order():
-    properties = properties_of((1, 1, 4), ((0, 1), (0, 1), (0, 4)), (1.0, 1.0, 1.0))
-    plans = tiny_plans((1.0, 1.0, 1.0))
-    logits = np.array([[1.0, 1.0, -1.0, 0.0], [-1.0, 2.0, 2.0, 0.0]], np.float32)
-    logits = logits.reshape(2, 1, 1, 4)
-    label = inference.logits_to_label(logits, properties, plans, REGIONS)
-    assert label.ravel().tolist() == [2, 1, 1, 0]  # exactly 0.5 is not inside
-    found = inference.logits_to_probabilities(logits, properties, plans, REGIONS)
-    np.testing.assert_allclose(found, 1 / (1 + np.exp(-logits)), atol=1e-6)
-
-
-def test_two_dimensional_plans_keep_the_slices():
-    properties = properties_of((3, 8, 6), ((0, 3), (0, 8), (0, 6)), (5.0, 1.0, 1.0))
-    logits = noise(3, 3, 4, 3)
-    label = inference.logits_to_label(logits, properties, tiny_plans((2.0, 2.0)), TUMOR)
-    assert label.shape == (3, 8, 6)
-    for z in range(3):
-        alone = properties_of((1, 8, 6), ((0, 1), (0, 8), (0, 6)), (5.0, 1.0, 1.0))
-        one = inference.logits_to_label(
-            logits[:, z : z + 1], alone, tiny_plans((5.0, 2.0, 2.0)), TUMOR
-        )
-        np.testing.assert_array_equal(label[z], one[0])
-
-
-def test_many_labels_need_sixteen_bits():
-    names = (("background", 0), *((f"label {i}", i) for i in range(1, 256)))
-    properties = properties_of((1, 1, 2), ((0, 1), (0, 1), (0, 2)), (1.0, 1.0, 1.0))
-    logits = np.zeros((256, 1, 1, 2), np.float32)
-    logits[255, ..., 1] = 1
-    plans = tiny_plans((1.0, 1.0, 1.0))
-    label = inference.logits_to_label(logits, properties, plans, Labels(names))
-    assert label.dtype == np.uint16 and label.ravel().tolist() == [0, 255]
-
-
-def test_label_map_holds_one_class_at_raw_resolution(monkeypatch):
-    shapes = []
-    original = inference.resample_logits
-
-    def watched(array, *args, **kwargs):
-        shapes.append(array.shape)
-        return original(array, *args, **kwargs)
-
-    monkeypatch.setattr(inference, "resample_logits", watched)
-    properties = properties_of((4, 6, 6), ((0, 4), (0, 6), (0, 6)), (1.0, 1.0, 1.0))
-    plans = tiny_plans((2.0, 2.0, 2.0))
-    label = inference.logits_to_label(noise(3, 2, 3, 3), properties, plans, TUMOR)
-    assert label.shape == (4, 6, 6)
-    assert shapes == [(1, 2, 3, 3)] * 3
