@@ -9,16 +9,16 @@ import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property, lru_cache
 from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from jaxtyping import Bool, Float, Integer
-from scipy import ndimage
+from jaxtyping import Bool, Float, Integer, Shaped
+from scipy import spatial
 
-from panther_jax.plans import LabelValue
+from panther_jax.plans import Labels, LabelValue
 
 Preset = Literal["default", "organisers", "fork_a", "fork_b", "fork_b_folds"]
 SpacingOrder = Literal["geometric", "organisers"]
@@ -26,6 +26,7 @@ SpacingOrder = Literal["geometric", "organisers"]
 SURFACE_DICE_TOLERANCE_MM = 5.0
 HAUSDORFF_PERCENT = 95.0
 PANTHER_METRICS = ("volumetric_dice", "surface_dice", "hausdorff95", "masd")
+TUMOR_NAMES = ("tumor", "tumour", "lesion")
 SUMMARY_METRICS = ("Dice", "FN", "FP", "IoU", "TN", "TP", "n_pred", "n_ref")
 _TERM_UNIT = 1 / 8  # of the table's numbers, spec 06 §2.2
 _CONTOUR_STEPS = ((0, 0), (0.5, 0.5), (0, 1), (1, 0), (1, 1))  # in units of the two spacings
@@ -56,14 +57,19 @@ def surface_element_areas(spacing: tuple[float, ...]) -> Float[np.ndarray, " cod
     Raises:
         ValueError: if there are not two or three spacings.
     """
+    return np.array(_area_table(tuple(float(s) for s in spacing)))
+
+
+@lru_cache(maxsize=64)
+def _area_table(spacing: tuple[float, ...]) -> tuple[float, ...]:
     if len(spacing) == 2:
         lengths = [math.hypot(a * spacing[0], b * spacing[1]) for a, b in _CONTOUR_STEPS]
-        return np.array([lengths[kind] for kind in _CONTOUR_KIND])
+        return tuple(lengths[kind] for kind in _CONTOUR_KIND)
     if len(spacing) != 3:
         raise ValueError(f"spacing {spacing} must have two or three axes")
     s0, s1, s2 = spacing
     faces = (s1 * s2, s0 * s2, s0 * s1)
-    return np.array([_area(terms, faces) for terms in _surface_terms()])
+    return tuple(_area(terms, faces) for terms in _surface_terms())
 
 
 def _area(terms: Sequence[Sequence[int]], faces: tuple[float, float, float]) -> float:
@@ -80,6 +86,39 @@ def _surface_terms() -> tuple[tuple[tuple[int, ...], ...], ...]:
     return tuple(tuple(tuple(t) for t in terms) for terms in json.loads(text)["terms"])
 
 
+@dataclass(frozen=True, eq=False)
+class Surface:
+    """The surface elements of a mask: their nodes on the grid of corners, and their areas."""
+
+    nodes: Integer[np.ndarray, "node axis"]
+    areas: Float[np.ndarray, " node"]
+    spacing: tuple[float, ...]
+
+    @cached_property
+    def tree(self) -> Any:
+        """A search tree of the nodes in mm."""
+        # unbalanced trees are built faster and are no slower on grid points
+        places = self.nodes * np.array(self.spacing)
+        return spatial.KDTree(places, balanced_tree=False, compact_nodes=False)
+
+
+def find_surface(mask: Bool[np.ndarray, "..."], spacing: tuple[float, ...]) -> Surface:
+    """Surface elements of a mask (spec 06 §2.1), spacing in array axis order.
+
+    Raises:
+        ValueError: if the number of spacings is not that of the axes.
+    """
+    if len(spacing) != mask.ndim:
+        raise ValueError(f"{len(spacing)} spacings {spacing} for {mask.ndim} axes")
+    areas = surface_element_areas(spacing)
+    box = bounding_box(mask)
+    codes = _neighbour_codes(mask[box])
+    places = np.flatnonzero((codes != 0) & (codes != len(areas) - 1))
+    nodes = np.stack(np.unravel_index(places, codes.shape), axis=1)
+    corner = np.array([b.start for b in box])
+    return Surface(nodes + corner, areas[codes.ravel()[places]], spacing)
+
+
 def surface_distances(
     reference_mask: Bool[np.ndarray, "..."],
     prediction_mask: Bool[np.ndarray, "..."],
@@ -91,14 +130,15 @@ def surface_distances(
         ValueError: if shapes or the number of spacings do not agree.
     """
     _check_shapes(reference_mask, prediction_mask)
-    if len(spacing) != reference_mask.ndim:
-        raise ValueError(f"{len(spacing)} spacings {spacing} for {reference_mask.ndim} axes")
-    areas = surface_element_areas(spacing)
-    box = _bounding_box(reference_mask | prediction_mask)
-    reference_codes = _neighbour_codes(reference_mask[box])
-    prediction_codes = _neighbour_codes(prediction_mask[box])
-    to_prediction = _directed(reference_codes, prediction_codes, areas, spacing)
-    to_reference = _directed(prediction_codes, reference_codes, areas, spacing)
+    return distances_between(
+        find_surface(reference_mask, spacing), find_surface(prediction_mask, spacing)
+    )
+
+
+def distances_between(reference: Surface, prediction: Surface) -> SurfaceDistances:
+    """As :func:`surface_distances`, of surfaces that were found before."""
+    to_prediction = _directed(reference, prediction)
+    to_reference = _directed(prediction, reference)
     return SurfaceDistances(to_prediction[0], to_reference[0], to_prediction[1], to_reference[1])
 
 
@@ -110,38 +150,45 @@ def _check_shapes(reference: np.ndarray, prediction: np.ndarray) -> None:
         )
 
 
-def _bounding_box(mask: np.ndarray) -> tuple[slice, ...]:
-    box = []
-    for axis in range(mask.ndim):
-        others = tuple(a for a in range(mask.ndim) if a != axis)
-        indices = np.flatnonzero(mask.any(axis=others))
-        box.append(slice(indices[0], indices[-1] + 1) if len(indices) else slice(0, 0))
+def bounding_box(*arrays: Shaped[np.ndarray, "..."]) -> tuple[slice, ...]:
+    """The smallest box around all voxels that are not 0 in arrays of one shape.
+
+    Of no size where there are none.
+    """
+    num_axes, box = arrays[0].ndim, []
+    while len(box) < num_axes:
+        rest = tuple(range(1, num_axes - len(box)))
+        found = [np.flatnonzero(array.any(axis=rest)) for array in arrays]
+        ends = [int(i) for rows in found if len(rows) for i in (rows[0], rows[-1])]
+        if not ends:
+            return (slice(0, 0),) * num_axes
+        box.append(slice(min(ends), max(ends) + 1))
+        # their shadow along the axis
+        arrays = tuple(np.asarray(array[box[-1]].any(axis=0)) for array in arrays)
     return tuple(box)
 
 
 def _neighbour_codes(mask: np.ndarray) -> np.ndarray:
     """One bit for each voxel around a node, the first corner in the highest bit."""
-    padded = np.pad(mask, 1).astype(np.uint8)
-    codes = np.zeros([n + 1 for n in mask.shape], np.uint8)
-    for corner in np.ndindex((2,) * mask.ndim):
-        window = tuple(slice(c, c + n) for c, n in zip(corner, codes.shape, strict=True))
-        codes = (codes << 1) | padded[window]
+    codes = np.pad(mask, 1).astype(np.uint8)
+    for bits, axis in enumerate(reversed(range(mask.ndim))):  # pairs, then pairs of pairs, ...
+        before = tuple(slice(None, -1) if a == axis else slice(None) for a in range(mask.ndim))
+        after = tuple(slice(1, None) if a == axis else slice(None) for a in range(mask.ndim))
+        codes = (codes[before] << (1 << bits)) | codes[after]
     return codes
 
 
-def _directed(
-    codes: np.ndarray, other_codes: np.ndarray, areas: np.ndarray, spacing: tuple[float, ...]
-) -> tuple[np.ndarray, np.ndarray]:
-    inside = len(areas) - 1
-    here = (codes != 0) & (codes != inside)
-    element_areas = areas[codes[here]]
-    other = (other_codes != 0) & (other_codes != inside)
-    if other.any():
-        distances = ndimage.distance_transform_edt(~other, sampling=spacing)[here]  # type: ignore[index]
+def _directed(surface: Surface, other: Surface) -> tuple[np.ndarray, np.ndarray]:
+    """Distances of a surface's nodes to the nearest node of the other, sorted, with areas."""
+    if len(surface.nodes) and len(other.nodes):
+        _, nearest = other.tree.query(surface.nodes * np.array(surface.spacing))
+        # From whole steps, not from the tree's places: a distance of just 5 mm must be just that.
+        steps = (surface.nodes - other.nodes[nearest]) * np.array(surface.spacing)
+        distances = np.sqrt(np.add.reduce((steps * steps).T, axis=0))
     else:
-        distances = np.full(element_areas.shape, np.inf)
-    order = np.lexsort((element_areas, distances))
-    return distances[order], element_areas[order]
+        distances = np.full(surface.areas.shape, np.inf)
+    order = np.lexsort((surface.areas, distances))
+    return distances[order], surface.areas[order]
 
 
 # ------------------------------------------------------------------------------------- measures
@@ -215,17 +262,18 @@ def foreground_masks(
     prediction: Integer[np.ndarray, "z y x"],
     *,
     preset: Preset = "default",
-    label: int = 1,
+    label: LabelValue = 1,
 ) -> tuple[Bool[np.ndarray, "z y x"], Bool[np.ndarray, "z y x"]]:
     """Reference and prediction mask from label maps, by the rule of a preset (spec 06 §4.2, §5.2).
 
-    ``label`` matters to ``default`` only: the other presets have their own fixed rule.
+    ``label``, an id or the ids of a region, matters to ``default`` only: the other presets have
+    their own fixed rule.
 
     Raises:
         ValueError: if the organisers' rule does not accept the prediction's values.
     """
     if preset == "default":
-        return reference == label, prediction == label
+        return member_mask(reference, label), member_mask(prediction, label)
     if preset in ("fork_a", "fork_b_folds"):
         return reference == 1, prediction == 1
     if preset == "fork_b":
@@ -239,6 +287,19 @@ def foreground_masks(
     return reference != 0, prediction > 0
 
 
+def member_mask(
+    label_map: Integer[np.ndarray, "..."], value: LabelValue
+) -> Bool[np.ndarray, "..."]:
+    """Voxels of a label, or of any label of a region."""
+    return np.isin(label_map, value) if isinstance(value, tuple) else label_map == value
+
+
+def scored_label(labels: Labels) -> tuple[str, LabelValue]:
+    """Name and value of the class that the PANTHER metrics score: the tumour, else the first."""
+    named = [c for c in labels.classes if c[0].casefold() in TUMOR_NAMES]
+    return (named or list(labels.classes))[0]
+
+
 def panther_case(
     reference_mask: Bool[np.ndarray, "z y x"],
     prediction_mask: Bool[np.ndarray, "_ _ _"],
@@ -246,12 +307,14 @@ def panther_case(
     spacing_zyx: tuple[float, ...],
     preset: Preset = "default",
     spacing_order: SpacingOrder | None = None,
+    grid_shape_zyx: tuple[int, ...] | None = None,
 ) -> dict[str, float]:
     """The PANTHER metrics of one case (spec 06 §1), and the edge cases of a preset (§5.2).
 
     Lengths are mm, volumes mm³. ``spacing_order="organisers"`` reproduces the organisers' mix-up
     of x and z (§4.5), ``"geometric"`` is right; by default it follows the preset. Where the
-    organisers' script penalises, the dictionary has a further key ``time_score``.
+    organisers' script penalises, the dictionary has a further key ``time_score``. The masks may be
+    cut from a larger grid, whose shape is then given; what is left out of them must be empty.
 
     Raises:
         ValueError: if shapes, spacing or settings do not fit.
@@ -259,7 +322,7 @@ def panther_case(
     _check_shapes(reference_mask, prediction_mask)
     if len(spacing_zyx) != 3 or reference_mask.ndim != 3:
         raise ValueError(f"masks must have three axes and spacings, found {spacing_zyx}")
-    order = spacing_order or ("geometric" if preset == "default" else "organisers")
+    order = spacing_order or default_spacing_order(preset)
     # spec 06 §4.5: z gets the spacing of x and the reverse
     spacing = spacing_zyx if order == "geometric" else spacing_zyx[::-1]
     voxel_volume = math.prod(spacing_zyx)
@@ -269,10 +332,11 @@ def panther_case(
         "gt_volume": num_reference * voxel_volume,
         "pred_volume": num_prediction * voxel_volume,
     }
-    extent = math.hypot(*(n * s for n, s in zip(reference_mask.shape, spacing, strict=True)))
+    grid = grid_shape_zyx or reference_mask.shape
+    extent = math.hypot(*(n * s for n, s in zip(grid, spacing, strict=True)))
     penalty = {"volumetric_dice": 0.0, "surface_dice": 0.0, "hausdorff95": extent, "masd": extent}
     if preset in ("organisers", "fork_a"):
-        if num_prediction in (0, prediction_mask.size):  # spec 06 §4.3: all ones count as nothing
+        if num_prediction in (0, math.prod(grid)):  # spec 06 §4.3: all ones count as nothing
             return penalty | volumes | {"pred_volume": 0.0, "time_score": 0.0}
     elif num_reference == num_prediction == 0:
         perfect = {"volumetric_dice": 1.0, "surface_dice": 1.0, "hausdorff95": 0.0, "masd": 0.0}
@@ -281,11 +345,18 @@ def panther_case(
         return penalty | volumes
     surfaces = surface_distances(reference_mask, prediction_mask, spacing)
     return {
-        "volumetric_dice": dice(reference_mask, prediction_mask),
+        "volumetric_dice": _ratio(
+            2 * np.count_nonzero(reference_mask & prediction_mask), num_reference + num_prediction
+        ),
         "surface_dice": surface_dice(surfaces),
         "hausdorff95": robust_hausdorff(surfaces),
         "masd": mean_average_surface_distance(surfaces),
     } | volumes
+
+
+def default_spacing_order(preset: Preset) -> SpacingOrder:
+    """The spacing order that a preset implies (spec 06 §5.5)."""
+    return "geometric" if preset == "default" else "organisers"
 
 
 def panther_aggregate(cases: Sequence[Mapping[str, Any]]) -> dict[str, float]:
@@ -340,50 +411,90 @@ def label_counts(
     Raises:
         ValueError: if the shapes differ or a label is negative.
     """
-    _check_shapes(reference, prediction)
-    values, joint = _joint_histogram(reference, prediction)
+    return class_metrics(count_pairs(reference, prediction), classes, ignore_id)
+
+
+@dataclass(frozen=True, eq=False)
+class PairCounts:
+    """Number of voxels by the label of the reference (row) and of the prediction (column)."""
+
+    values: Integer[np.ndarray, " value"]
+    counts: Integer[np.ndarray, "value value"]
+
+    @property
+    def reference_values(self) -> tuple[int, ...]:
+        """Labels that occur in the reference, ascending."""
+        return tuple(self.values[self.counts.any(axis=1)].tolist())
+
+    @property
+    def prediction_values(self) -> tuple[int, ...]:
+        """Labels that occur in the prediction, ascending."""
+        return tuple(self.values[self.counts.any(axis=0)].tolist())
+
+    def extended(self, num_voxels: int) -> "PairCounts":
+        """The counts of a grid of ``num_voxels``, of which what was not counted is background."""
+        counts = self.counts.copy()
+        counts[0, 0] += num_voxels - int(counts.sum())
+        return PairCounts(self.values, counts)
+
+
+def class_metrics(
+    pairs: PairCounts, classes: Sequence[LabelValue], ignore_id: int | None = None
+) -> dict[str, dict[str, float | int]]:
+    """As :func:`label_counts`, of pairs counted before."""
+    counts = pairs.counts.copy()
     if ignore_id is not None:
-        joint[values == ignore_id] = 0
-    return {class_key(c): _class_metrics(joint, np.isin(values, c)) for c in classes}
+        counts[pairs.values == ignore_id] = 0
+    return {class_key(c): _class_metrics(counts, np.isin(pairs.values, c)) for c in classes}
 
 
-def _class_metrics(joint: np.ndarray, members: np.ndarray) -> dict[str, float | int]:
-    true_positive = int(joint[np.ix_(members, members)].sum())
-    num_reference = int(joint[members].sum())
-    num_prediction = int(joint[:, members].sum())
+def _class_metrics(counts: np.ndarray, members: np.ndarray) -> dict[str, float | int]:
+    true_positive = int(counts[np.ix_(members, members)].sum())
+    num_reference = int(counts[members].sum())
+    num_prediction = int(counts[:, members].sum())
     wrong = num_reference + num_prediction - 2 * true_positive
     return {
         "Dice": _ratio(2 * true_positive, 2 * true_positive + wrong),
         "FN": num_reference - true_positive,
         "FP": num_prediction - true_positive,
         "IoU": _ratio(true_positive, true_positive + wrong),
-        "TN": int(joint.sum()) - true_positive - wrong,
+        "TN": int(counts.sum()) - true_positive - wrong,
         "TP": true_positive,
         "n_pred": num_prediction,
         "n_ref": num_reference,
     }
 
 
-def _joint_histogram(
-    reference: np.ndarray, prediction: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
-    """Label values, ascending, and the number of voxels by (reference, prediction) value."""
-    if reference.size == 0:
-        return np.zeros(0, np.int64), np.zeros((0, 0), np.int64)
-    if min(reference.min(), prediction.min()) < 0:
+def count_pairs(
+    reference: Integer[np.ndarray, "..."], prediction: Integer[np.ndarray, "..."]
+) -> PairCounts:
+    """Count the voxels of each pair of labels; 0 is always among the values.
+
+    Raises:
+        ValueError: if the shapes differ or a label is negative.
+    """
+    _check_shapes(reference, prediction)
+    reference, prediction = np.atleast_1d(reference, prediction)
+    box = bounding_box(reference, prediction)  # outside, all are pairs of zeros
+    one, other = reference[box], prediction[box]
+    highest = int(max(one.max(), other.max())) if one.size else 0
+    if one.size and min(one.min(), other.min()) < 0:
         raise ValueError("label maps must not hold negative values")
-    highest = int(max(reference.max(), prediction.max()))
     if highest < 256:
         values = np.arange(highest + 1)
     else:  # rare: few values, far apart
-        values = np.union1d(reference, prediction).astype(np.int64)
-    lookup = np.zeros(highest + 1, np.int64)
-    lookup[values] = np.arange(len(values))
-    joint = np.zeros(len(values) ** 2, np.int64)
-    for one, other in zip(np.atleast_1d(reference), np.atleast_1d(prediction), strict=True):
-        codes = lookup[one] * len(values) + lookup[other]  # slice by slice: small temporaries
-        joint += np.bincount(codes.ravel(), minlength=len(joint))
-    return values, joint.reshape(len(values), len(values))
+        values = np.union1d([0], np.union1d(one, other)).astype(np.int64)
+        lookup = np.zeros(highest + 1, np.int64)
+        lookup[values] = np.arange(len(values))
+        one, other = lookup[one], lookup[other]
+    number = len(values)
+    dtype = np.uint8 if number**2 <= 256 else np.int64
+    counts = np.zeros(number**2, np.int64)
+    for row, other_row in zip(one, other, strict=True):  # small temporaries
+        codes = row.astype(dtype) * dtype(number) + other_row.astype(dtype)
+        counts += np.bincount(codes.ravel(), minlength=len(counts))
+    counts[0] += reference.size - one.size
+    return PairCounts(values, counts.reshape(number, number))
 
 
 def summarise(cases: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
