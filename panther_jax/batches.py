@@ -222,9 +222,16 @@ class Streams:
 
 
 def make_streams(
-    config: TrainConfig, store: Store, fold: int | Literal["all"], *, initial_patch: tuple[int, ...]
+    config: TrainConfig,
+    store: Store,
+    fold: int | Literal["all"],
+    *,
+    initial_patch: tuple[int, ...],
+    positions: tuple[int, ...] | None = None,
 ) -> Streams:
     """Open the cases of a fold and make its streams; training patches are ``initial_patch`` large.
+
+    ``positions`` are the places of the batch that this process makes; None makes all of them.
 
     Cases are read whole if ``data.resident`` is ``host``, else patches come from the files.
     """
@@ -245,7 +252,8 @@ def make_streams(
             stream=kind,
             has_ignore=store.labels.ignore_id is not None,
         )
-        return BatchSource([cases[i] for i in ids], sampling, steps, tuple(range(data.batch_size)))
+        places = tuple(range(data.batch_size)) if positions is None else positions
+        return BatchSource([cases[i] for i in ids], sampling, steps, places)
 
     train = stream(train_ids, TRAIN_STREAM, initial_patch, loop.total_steps)
     validation = stream(

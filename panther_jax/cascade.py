@@ -13,6 +13,7 @@ from typing import Any, Literal
 from panther_jax import config
 from panther_jax.places import Places
 from panther_jax.plans import read_json
+from panther_jax.store import is_complete
 
 Task = Literal["t1", "t2"]
 Status = Literal["done", "to do", "stale", "missing"]
@@ -82,6 +83,24 @@ class Plan:
         name = config.load_config(spec)[1].run_name
         return self.places.run(name + "_demo" * self.demo)
 
+    def raw_folder(self, spec: str) -> Path:
+        """Raw data set that a config trains on."""
+        data = self._data(spec)
+        if self.demo:
+            return self.places.phantoms(data.dataset, data.modality)
+        try:
+            return self.places.raw(data.dataset)
+        except FileNotFoundError:  # its training will say so, with the remedy
+            return self.root / "raw" / data.dataset
+
+    def store_folder(self, spec: str) -> Path:
+        """Store that a config trains on."""
+        return self.places.store(self.raw_folder(spec).name, self._data(spec).data_identifier)
+
+    def _data(self, spec: str) -> config.DataConfig:
+        settings, _ = config.load_config(spec)
+        return config.demo(settings).data if self.demo else settings.data
+
     def weights_folder(self, name: str) -> Path:
         """Bundle of a stage."""
         return self.root / "weights" / (name + "_demo" * self.demo)
@@ -102,9 +121,15 @@ def cascade(plan: Plan) -> tuple[Step, ...]:
     ct = _training(plan, f"{CT_STAGE}.py", "all", start=foundation, needs=last)
     steps += [ct, _bundle(plan, f"{CT_STAGE}.py", CT_STAGE, needs=ct.name)]
     start, bundle = plan.weights_folder(CT_STAGE), steps[-1].name
+    stores: dict[Path, Step] = {}
     scored = []
     for spec in plan.specialists:
-        folds = [_training(plan, spec, f, start=start, needs=bundle) for f in plan.folds]
+        folder = plan.store_folder(spec)
+        if folder not in stores:
+            stores[folder] = _store(plan, spec, folder, needs=bundle)
+            steps.append(stores[folder])
+        store = stores[folder].name
+        folds = [_training(plan, spec, f, start=start, needs=store) for f in plan.folds]
         scored.append(_cross_validation(plan, spec, tuple(f.name for f in folds)))
         steps += [*folds, scored[-1]]
     needs = tuple(step.name for step in scored)
@@ -143,6 +168,14 @@ def _demo_foundation(plan: Plan, folder: Path) -> tuple[Step, ...]:
         plan, f"{FOUNDATION}.py", "all", start=None, needs=make.name, more=("--raw", str(raw))
     )
     return make, train, _bundle(plan, f"{FOUNDATION}.py", FOUNDATION, needs=train.name)
+
+
+def _store(plan: Plan, spec: str, folder: Path, *, needs: str) -> Step:
+    # A step of its own: folds that start side by side must not preprocess side by side.
+    argv = ("panther_jax.train", "--config", spec, "--prepare-only", "--root", str(plan.root))
+    argv += ("--init", "none", *("--demo",) * plan.demo, *plan.overrides)
+    name = f"store/{folder.parent.name}/{folder.name}"
+    return Step(name, argv, (needs,), lambda: store_state(folder))
 
 
 def _training(
@@ -190,7 +223,8 @@ def _selection(plan: Plan, needs: tuple[str, ...]) -> Step:
     output = plan.root / "ensembles" / f"task{plan.task[1]}{'_demo' * plan.demo}.json"
     runs = [str(plan.run_folder(spec)) for spec in plan.specialists]
     argv = ("panther_jax.ensemble", "select", "--candidates", *runs)
-    argv += ("--output", str(output), "--overwrite")
+    references = plan.raw_folder(plan.specialists[0])
+    argv += ("--references", str(references), "--output", str(output), "--overwrite")
     inputs = [Path(run) / "crossval.json" for run in runs]
     return Step(f"ensembles/{output.name}", argv, needs, lambda: derived(output, inputs))
 
@@ -219,6 +253,14 @@ def training_state(folder: Path, start: Path | None) -> State:
         return State("stale", f"{folder} was trained from {start}, which has changed since")
     validated = (folder / "validation_final" / "summary.json").is_file()
     return State("done" if about.get("finished") and validated else "to do")
+
+
+def store_state(folder: Path) -> State:
+    """Whether every case of a data set is preprocessed."""
+    wanted = _json(folder / "dataset.json").get("numTraining")
+    names = [p.name.removesuffix(".locations.npz") for p in folder.glob("*.locations.npz")]
+    whole = sum(is_complete(folder, name) for name in names)
+    return State("done" if wanted and whole >= wanted else "to do")
 
 
 def bundle_state(folder: Path, run: Path, fold: str) -> State:

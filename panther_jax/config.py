@@ -270,6 +270,23 @@ class ValidationConfig:
 
 
 @dataclass(frozen=True)
+class DevicesConfig:
+    """How devices share the work; changes results by rounding only."""
+
+    data: int | None = None
+    """Devices that the batch is split over; None takes as many as divide it."""
+    space: int | None = None
+    """Devices that every patch is split over, along its first axis; None takes what is left."""
+
+    def __post_init__(self) -> None:
+        for name in ("data", "space"):
+            value = getattr(self, name)
+            _require(
+                value is None or value >= 1, f"devices.{name} must be at least 1, found {value}"
+            )
+
+
+@dataclass(frozen=True)
 class LogConfig:
     """What is written while training."""
 
@@ -296,6 +313,7 @@ class TrainConfig:
     loop: LoopConfig = field(default_factory=LoopConfig)
     init: InitConfig = field(default_factory=InitConfig)
     validation: ValidationConfig = field(default_factory=ValidationConfig)
+    devices: DevicesConfig = field(default_factory=DevicesConfig)
     log: LogConfig = field(default_factory=LogConfig)
 
     def to_json(self) -> dict[str, Any]:

@@ -46,6 +46,10 @@ class Places:
             "  or try the pipeline on made-up cases with --demo."
         )
 
+    def phantoms(self, dataset: str, modality: str) -> Path:
+        """Raw data set of phantoms that stand in for ``dataset`` in a demo."""
+        return self.root / "raw" / f"{dataset[:10]}_Phantom{modality.upper()}"
+
     def store(self, dataset: str, data_identifier: str) -> Path:
         """Preprocessed store of a data set."""
         return self.root / "store" / dataset / data_identifier

@@ -19,7 +19,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import panther_jax
 from panther_jax import command, config, imageio, planning, preprocess
@@ -33,12 +33,13 @@ LOGGER = logging.getLogger("panther_jax")
 DEMO_CASES = 15
 DEMO_SEEDS = {"t2": 0, "t1": 1, "ct": 2}
 """Other patients in every modality: a stage must not have seen those that a later one validates."""
-FREE_SECTIONS = ("log", "validation")
+FREE_SECTIONS = ("log", "validation", "devices")
 """Config sections that may change between sessions of a run: they do not touch the training."""
 EXAMPLE = "python -m panther_jax.train --config mri_t2.py --demo"
 
 Fold = int | Literal["all"]
 TrainFold = Callable[..., str]
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -46,16 +47,21 @@ class Options:
     """The command line of ``panther_jax.train`` but for the config's own fields."""
 
     fold: Fold
-    workdir: Path | None
     root: Path
-    raw: Path | None
-    store: Path | None
-    init: str | None
-    demo: bool
-    restart: bool
-    allow_config_change: bool
-    dry_run: bool
-    deterministic: bool
+    workdir: Path | None = None
+    raw: Path | None = None
+    store: Path | None = None
+    init: str | None = None
+    demo: bool = False
+    restart: bool = False
+    prepare_only: bool = False
+    allow_config_change: bool = False
+    dry_run: bool = False
+    deterministic: bool = False
+    distributed: bool = False
+    coordinator: str | None = None
+    num_processes: int | None = None
+    process_id: int | None = None
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -77,9 +83,16 @@ def make_parser() -> argparse.ArgumentParser:
     add("--init", metavar="BUNDLE|none", help="starting weights: a bundle's folder or name")
     add("--demo", action="store_true", help="phantom data, small network, a budget of minutes")
     add("--restart", action="store_true", help="discard what the fold's folder holds")
+    add("--prepare-only", action="store_true", help="make the store that training reads, and stop")
     add("--allow-config-change", action="store_true", help="resume although the config differs")
     add("--dry-run", action="store_true", help="show config, paths, device, size; do nothing")
     add("--deterministic", action="store_true", help="reproducible results on a GPU, slower")
+    several = parser.add_argument_group("several processes", "start each with the same command")
+    add = several.add_argument
+    add("--distributed", action="store_true", help="SLURM, GKE or a TPU pod tells who they are")
+    add("--coordinator", metavar="HOST:PORT", help="where process 0 listens, to say it by hand")
+    add("--num-processes", type=int, metavar="N", help="how many there are")
+    add("--process-id", type=int, metavar="K", help="which one this is, from 0")
     return parser
 
 
@@ -117,11 +130,17 @@ def main(train_fold: TrainFold, argv: Sequence[str]) -> int:
     except (ConfigError, FileNotFoundError) as error:
         LOGGER.error("error: %s", error)
         return command.WRONG_USAGE
-    return command.run(
+    code = command.run(
         lambda: execute(train_fold, settings, source, options, quiet=arguments.quiet),
         quiet=arguments.quiet,
         debug=arguments.debug,
     )
+    if code and (options.distributed or options.coordinator):
+        # An orderly end would wait for the other processes, of which one may be gone.
+        logging.shutdown()
+        sys.stdout.flush()
+        os._exit(code)
+    return code
 
 
 def resolve(
@@ -150,6 +169,9 @@ def execute(
 ) -> str:
     """Prepare data and work directory, train, and return what the command prints."""
     _set_up_jax(settings, deterministic=options.deterministic)
+    primary = _join(options)
+    quiet = quiet or not primary
+    setup_logging(quiet=quiet)
     places = Places(options.root)
     workdir = options.workdir or places.run(source.run_name + ("_demo" if options.demo else ""))
     folder = places.fold(workdir, options.fold)
@@ -164,16 +186,52 @@ def execute(
     if options.dry_run:
         return describe(settings, options, places, workdir)
     bundle = places.bundle(settings.init.bundle) if settings.init.bundle else None
-    store = prepare_store(settings, options, places)
-    open_workdir(workdir, folder, settings, store, options)
-    setup_logging(quiet=quiet, file=folder / "log.txt")
-    record(folder, _provenance(settings, source, options))
     try:
+        store = _one_by_one("store", lambda: prepare_store(settings, options, places))
+        if options.prepare_only:
+            return str(store.folder)
+        if primary:
+            open_workdir(workdir, folder, settings, store, options)
+        setup_logging(quiet=quiet, file=folder / "log.txt" if primary else None)
+        record(folder, _provenance(settings, source, options))
         tables = train_fold(settings, store, folder, fold=options.fold, bundle=bundle)
     except Exception as error:
         LOGGER.debug("stopped", exc_info=error)
-        raise
-    return f"{folder}\n\n{tables}"
+        raise _explained(error) from error
+    return f"{folder}\n\n{tables}" if primary else ""
+
+
+def _join(options: Options) -> bool:
+    """Join the other processes of the run, if there are any; whether this is the first one."""
+    from panther_jax import devices
+
+    if options.distributed or options.coordinator:
+        devices.connect(options.coordinator, options.num_processes, options.process_id)
+    return devices.is_primary()
+
+
+def _one_by_one(what: str, make: Callable[[], Result]) -> Result:
+    """Let the first process do something on disk; the others then find it done."""
+    from panther_jax import devices
+
+    if devices.is_primary():
+        result = make()
+        devices.wait_for_all(what)
+        return result
+    devices.wait_for_all(what)
+    return make()
+
+
+def _explained(error: Exception) -> Exception:
+    from panther_jax import devices
+
+    if devices.lost_process(error):
+        return LostProcess(
+            "another process of this run is gone, so this one cannot go on\n  Start all of them "
+            "again with the same commands: the run resumes from its last checkpoint, also on "
+            "another number of devices."
+        )
+    return error
 
 
 def _set_up_jax(settings: TrainConfig, *, deterministic: bool) -> None:
@@ -193,11 +251,16 @@ def device_name() -> str:
     """The devices that JAX uses, e.g. ``1 x NVIDIA H200`` or ``1 x cpu``."""
     import jax
 
-    devices = jax.devices()
-    return f"{len(devices)} x {devices[0].device_kind}"
+    found = jax.devices()
+    among = f" in {jax.process_count()} processes" if jax.process_count() > 1 else ""
+    return f"{len(found)} x {found[0].device_kind}{among}"
 
 
 # ------------------------------------------------------------------------------------- signals
+
+
+class LostProcess(RuntimeError):
+    """Another process of the run died."""
 
 
 class Interrupted(RuntimeError):
@@ -271,8 +334,7 @@ def _checked(store: Store, settings: TrainConfig) -> Store:
 def _phantoms(settings: TrainConfig, places: Places) -> Path:
     from panther_jax import datasets
 
-    number = settings.data.dataset[:10]
-    folder = places.root / "raw" / f"{number}_Phantom{settings.data.modality.upper()}"
+    folder = places.phantoms(settings.data.dataset, settings.data.modality)
     if not (folder / "dataset.json").is_file():
         with announced(f"making {DEMO_CASES} phantom cases in {folder}"):
             datasets.make_phantom(
@@ -346,7 +408,11 @@ def _fixed(settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def record(folder: Path, entries: dict[str, Any]) -> None:
-    """Add entries to the fold's ``run.json``."""
+    """Add entries to the fold's ``run.json``; the first process of a run does."""
+    import jax
+
+    if jax.process_index():
+        return
     path = folder / "run.json"
     known = read_json(path) if path.is_file() else {}
     write_json(path, {**known, **entries})

@@ -7,14 +7,27 @@ failure stops the chain and names the command that goes on.
 
 import argparse
 import logging
+import os
+import queue
 import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from panther_jax import command
-from panther_jax.cascade import SPECIALISTS, Plan, Step, cascade, command_of, draw, slurm_script
+from panther_jax.cascade import (
+    SPECIALISTS,
+    Plan,
+    Step,
+    cascade,
+    command_of,
+    draw,
+    layers,
+    slurm_script,
+)
 from panther_jax.log import duration, write_text
 
 LOGGER = logging.getLogger("panther_jax")
@@ -25,47 +38,102 @@ class StageError(RuntimeError):
     """A step of the cascade that failed or cannot be run."""
 
 
-def run_steps(steps: Sequence[Step], *, restart_stale: bool = False, keep_stale: bool = False):
-    """Run what is to do, in order.
+@dataclass(frozen=True)
+class Running:
+    """How steps are run: what becomes of stale ones, and how many run side by side.
+
+    With several jobs each has a GPU of its own, by ``CUDA_VISIBLE_DEVICES``.
+    """
+
+    restart_stale: bool = False
+    keep_stale: bool = False
+    jobs: int = 1
+
+
+def run_steps(steps: Sequence[Step], how: Running | None = None) -> None:
+    """Run what is to do, layer by layer.
 
     Raises:
-        StageError: at the first step that fails, is missing, or is stale.
+        StageError: at the first step that fails, is missing, or stale; those beside it end first.
     """
-    start, ran = time.monotonic(), 0
-    for number, step in enumerate(steps, start=1):
-        state, argv = step.state, step.argv
-        if state.status == "done" or (state.status == "stale" and keep_stale):
-            LOGGER.info("[%d/%d] %s: %s, skipped", number, len(steps), step.name, state.status)
-            continue
-        if state.status == "missing" or not argv:
-            raise StageError(f"{step.name}: {state.why}")
-        if state.status == "stale":
-            if not restart_stale:
-                raise StageError(
-                    f"{step.name} is out of date: {state.why}\n"
-                    "  Train it anew with --restart-stale, or keep it with --keep-stale."
-                )
-            argv = (*argv, "--restart")
-        LOGGER.info("[%d/%d] %s\n  python -m %s", number, len(steps), step.name, " ".join(argv))
-        code = subprocess.run([sys.executable, "-m", *argv], stdout=sys.stderr, check=False)
-        if code.returncode != 0:
+    how = how or Running()
+    left = [step for step in steps if not _skipped(step, how)]
+    progress = _Progress(len(left))
+    slots: queue.Queue[int] = queue.Queue()
+    for slot in range(how.jobs):
+        slots.put(slot)
+
+    def run(step: Step) -> StageError | None:
+        slot = slots.get()
+        try:
+            _run_step(step, how, progress, slot=slot if how.jobs > 1 else None)
+        except StageError as error:
+            return error
+        finally:
+            slots.put(slot)
+        return None
+
+    with ThreadPoolExecutor(how.jobs) as pool:
+        for layer in layers(left):
+            if how.jobs == 1:
+                failed = next((error for error in map(run, layer) if error), None)
+            else:
+                failed = next((error for error in [*pool.map(run, layer)] if error), None)
+            if failed:
+                raise failed
+
+
+def _skipped(step: Step, how: Running) -> bool:
+    status = step.state.status
+    skipped = status == "done" or (status == "stale" and how.keep_stale)
+    if skipped:
+        LOGGER.info("%s: %s, skipped", step.name, status)
+    return skipped
+
+
+@dataclass
+class _Progress:
+    total: int
+    begun: int = 0
+    done: int = 0
+    start: float = field(default_factory=time.monotonic)
+
+    def text(self) -> str:
+        spent = time.monotonic() - self.start
+        left = spent / max(self.done, 1) * (self.total - self.done)
+        return f"{self.done}/{self.total} steps, {duration(spent)} so far, {duration(left)} left"
+
+
+def _run_step(step: Step, how: Running, progress: _Progress, *, slot: int | None) -> None:
+    state, argv = step.state, step.argv
+    if state.status == "done":  # one of an earlier layer has made it meanwhile
+        return
+    if state.status == "missing" or not argv:
+        raise StageError(f"{step.name}: {state.why}")
+    if state.status == "stale":
+        if not how.restart_stale:
             raise StageError(
-                f"{step.name} failed with exit code {code.returncode}; what is done is kept\n"
-                f"  To go on with it alone: {command_of(step)}\n"
-                "  To go on with all that is left: the same command again."
+                f"{step.name} is out of date: {state.why}\n"
+                "  Train it anew with --restart-stale, or keep it with --keep-stale."
             )
-        if step.state.status != "done":
-            raise StageError(f"{step.name} ended, but left nothing: {step.state.why or step.name}")
-        ran += 1
-        spent = time.monotonic() - start
-        LOGGER.info(
-            "[%d/%d] %s: done; %s so far, about %s left",
-            number,
-            len(steps),
-            step.name,
-            duration(spent),
-            duration(spent / ran * (len(steps) - number)),
+        argv = (*argv, "--restart")
+    progress.begun += 1
+    LOGGER.info("[%d/%d] %s: %s", progress.begun, progress.total, step.name, state.why or "begins")
+    LOGGER.info("  %s", command_of(step))
+    chosen = {} if slot is None else {"CUDA_VISIBLE_DEVICES": str(slot)}
+    code = subprocess.run(
+        [sys.executable, "-m", *argv], stdout=sys.stderr, env={**os.environ, **chosen}, check=False
+    ).returncode
+    if code != 0:
+        raise StageError(
+            f"{step.name} failed with exit code {code}; what is done is kept\n"
+            f"  To go on with it alone: {command_of(step)}\n"
+            "  To go on with all that is left: the same command again."
         )
+    if step.state.status != "done":
+        raise StageError(f"{step.name} ended, but left nothing: {step.state.why or step.name}")
+    progress.done += 1
+    LOGGER.info("%s: done (%s)", step.name, progress.text())
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -86,6 +154,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     specialists_help = "configs of the MRI stage (default: aggressive and default augmentation)"
     add("--specialists", nargs="+", metavar="FILE[:ARG]", help=specialists_help)
+    jobs_help = "steps side by side, each on a GPU of its own (default: %(default)s)"
+    add("--jobs", type=int, default=1, metavar="N", help=jobs_help)
     add("--demo", action="store_true", help="phantom data, small networks, a budget of minutes")
     add("--dry-run", action="store_true", help="draw the graph with what is done; do nothing")
     add("--print-commands", action="store_true", help="print the commands that are left")
@@ -118,7 +188,8 @@ def _run(arguments: argparse.Namespace, overrides: Sequence[str]) -> str:
     if arguments.slurm:
         write_text(arguments.slurm, slurm_script(left, folder=Path.cwd()))
         return f"{arguments.slurm}\nsubmit with: bash {arguments.slurm}"
-    run_steps(steps, restart_stale=arguments.restart_stale, keep_stale=arguments.keep_stale)
+    how = Running(arguments.restart_stale, arguments.keep_stale, arguments.jobs)
+    run_steps(steps, how)
     return draw(steps)
 
 
@@ -132,6 +203,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(f"unrecognized arguments: {' '.join(wrong or overrides)}")
     if arguments.restart_stale and arguments.keep_stale:
         parser.error("--restart-stale and --keep-stale exclude each other")
+    if arguments.jobs < 1:
+        parser.error(f"--jobs must be at least 1, found {arguments.jobs}")
     if not all(fold.isdigit() for fold in arguments.folds):
         parser.error(f"--folds must be numbers, found {' '.join(arguments.folds)}")
     return command.run(

@@ -11,7 +11,7 @@ import jax
 import optax
 from jaxtyping import Array, Key
 
-from panther_jax import losses, model, optim
+from panther_jax import devices, losses, model, optim
 from panther_jax.augment import policies, targets
 from panther_jax.checkpoint import TrainState
 from panther_jax.config import ConfigError, TrainConfig
@@ -30,11 +30,15 @@ class Batch:
 
 @dataclass(frozen=True)
 class Task:
-    """What the steps of a run have in common: network, loss, optimiser, augmentation."""
+    """What the steps of a run have in common: network, loss, optimiser, augmentation.
+
+    ``split`` lays patches out over the devices; a patch is augmented whole and split after.
+    """
 
     net: model.Net
     labels: Labels
     loss_fn: Callable[[tuple[Array, ...], tuple[Array, ...]], Array]
+    split: Callable[[Array], Array]
     augment: Callable[..., tuple[Array, Array]]
     optimizer: optax.GradientTransformation
     clip_norm: float
@@ -64,6 +68,7 @@ def make_train_step(
     ) -> tuple[TrainState, dict[str, Array]]:
         key = jax.random.fold_in(seed_key, state.step)
         image, label = task.augment(key, batch.image, batch.label)
+        image, label = task.split(image), task.split(label)
         wanted = task.targets(label)
 
         def objective(params: model.Params) -> Array:
@@ -86,8 +91,8 @@ def make_validation_step(
     def validation_step(
         params: model.Params, batch: Batch
     ) -> tuple[Array, tuple[Array, Array, Array]]:
-        wanted = task.targets(targets.remove_outside(batch.label))
-        outputs = task.outputs(params, batch.image)
+        wanted = task.targets(targets.remove_outside(task.split(batch.label)))
+        outputs = task.outputs(params, task.split(batch.image))
         return (
             task.loss_fn(outputs, wanted),
             losses.pseudo_dice_counts(outputs[0], wanted[0], task.labels),
@@ -118,6 +123,7 @@ def make_task(
         net=model.build(plans.arch, execution),
         labels=store.labels,
         loss_fn=loss_fn,
+        split=devices.split_patches(mesh),
         augment=_shared_out(
             policies.make_batch_augment(
                 config.augment.policy,
@@ -149,15 +155,3 @@ def _shared_out(augment_batch: Callable[..., Any], mesh: jax.sharding.Mesh) -> C
 def seed_key(seed: int, fold: int, stream: int) -> Key[Array, ""]:
     """The key of a stream of a fold (spec 07 §7.6)."""
     return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), fold), stream)
-
-
-def data_mesh(batch_size: int) -> jax.sharding.Mesh:
-    """The devices as a mesh ``(data, space)``: as many along ``data`` as divide the batch."""
-    count = jax.device_count()
-    along = max(n for n in range(1, count + 1) if batch_size % n == 0)
-    return jax.make_mesh(
-        (along, 1),
-        ("data", "space"),
-        axis_types=(jax.sharding.AxisType.Auto,) * 2,
-        devices=jax.devices()[:along],
-    )

@@ -9,6 +9,7 @@ import functools
 import logging
 import math
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Key
 
-from panther_jax import batches, losses, model, optim, runs, steps
+from panther_jax import batches, devices, losses, model, optim, runs, steps
 from panther_jax.augment import policies
 from panther_jax.checkpoint import (
     Checkpoints,
@@ -60,11 +61,15 @@ class TrainingError(RuntimeError):
 
 @dataclass(frozen=True)
 class Loop:
-    """Everything the loop works with besides the state."""
+    """Everything the loop works with besides the state.
+
+    ``records`` is where metrics and pictures go: the fold's folder, or where nobody looks for all
+    processes but the first.
+    """
 
     config: TrainConfig
     task: steps.Task
-    folder: Path
+    records: Path
     checkpoints: Checkpoints
     metrics: MetricsFile
     stop: runs.StopRequest
@@ -94,7 +99,7 @@ def run_loop(loop: Loop, state: TrainState, counters: Counters) -> tuple[TrainSt
             state, step_metrics = loop.train_step(state, batch, loop.key)
             pending.append(step_metrics)
             epoch_ends = done % plan.steps_per_epoch == 0
-            save = clock.since_save() > 60 * plan.checkpoint_minutes or bool(loop.stop.by)
+            stop, save = _asked(loop, clock, done)
             if epoch_ends or save or len(pending) >= loop.config.log.every_steps:
                 counters, pending = _collect(counters, pending, done), []
                 clock.progress.update(done, f"loss {counters.epoch_losses[-1]:.3f}")
@@ -104,14 +109,23 @@ def run_loop(loop: Loop, state: TrainState, counters: Counters) -> tuple[TrainSt
             if save:
                 loop.checkpoints.save("latest", state, counters)
                 clock.saved()
-            if loop.stop.by and done < plan.total_steps:
+            if stop and done < plan.total_steps:
                 raise runs.Interrupted(
-                    f"stopped by {loop.stop.by} after step {done} of {plan.total_steps}; all is "
-                    "saved\n  Run the same command again to go on."
+                    f"stopped by {loop.stop.by or 'another process'} after step {done} of "
+                    f"{plan.total_steps}; all is saved\n  Run the same command again to go on."
                 )
     clock.progress.close()
     loop.checkpoints.save("final", state, counters)
     return state, counters
+
+
+def _asked(loop: Loop, clock: Clock, done: int) -> tuple[bool, bool]:
+    """Whether to stop, and whether to save now; all processes get the same answer."""
+    if jax.process_count() > 1 and done % loop.config.log.every_steps:
+        return False, False  # they would have to wait for each other at every step
+    late = clock.since_save() > 60 * loop.config.loop.checkpoint_minutes
+    stop, save = devices.any_process(bool(loop.stop.by), late)
+    return stop, save or stop
 
 
 def _save_due(done: int, plan: Any) -> bool:
@@ -153,7 +167,7 @@ def _end_epoch(
         if loop.board is not None:
             write_scalars(loop.board, row)
         _tell(row, loop.config.loop.epochs, clock.progress)
-        plot_progress(read_metrics(loop.metrics.path), loop.folder / "progress.png")
+        plot_progress(read_metrics(loop.metrics.path), loop.records / "progress.png")
         counters = dataclasses.replace(
             counters,
             ema=row["ema"],
@@ -237,15 +251,18 @@ def prepare(
 
     The order: this fold's last checkpoint; else the starting weights; else random ones.
     """
-    mesh = steps.data_mesh(config.data.batch_size)
-    execution = model.Execution.auto(config.loop.compute_dtype, num_devices=mesh.size)
+    arch, patch_size = store.plans.arch, store.plans.patch_size
+    batch_size = config.data.batch_size
+    mesh = devices.make_mesh(
+        config.devices, batch_size=batch_size, patch_size=patch_size, arch=arch
+    )
+    execution = model.Execution.auto(config.loop.compute_dtype, space=mesh.shape["space"])
     task = steps.make_task(config, store, execution, mesh)
-    replicated = jax.NamedSharding(mesh, jax.P())
     checkpoints = Checkpoints(folder / "checkpoints")
     key_of = functools.partial(steps.seed_key, config.loop.seed, batches.fold_code(fold))
-    params = model.init_params(task.net.arch, key_of(batches.INIT_STREAM))
+    params = model.init_params(arch, key_of(batches.INIT_STREAM))
     fresh = TrainState(jnp.zeros((), jnp.int32), params, task.optimizer.init(params))
-    fresh = jax.device_put(fresh, replicated)
+    fresh = devices.replicate(fresh, mesh)
     resumed = checkpoints.restore("final", fresh) or checkpoints.restore("latest", fresh)
     if resumed is not None:
         state, counters = resumed
@@ -258,24 +275,30 @@ def prepare(
                 bundle, state, config.init.stem, plans=store.plans, fold=fold
             )
             runs.record(folder, {"starting_weights": origin})
-            state = jax.device_put(state, replicated)
-    metrics = MetricsFile(folder / "metrics.jsonl", resume_step=counters.step)
-    patch = policies.patch_geometry(config.augment.policy, store.plans.patch_size)
-    streams = batches.make_streams(config, store, fold, initial_patch=patch.initial_patch_size)
-    in_batch = jax.NamedSharding(mesh, jax.P("data"))
+            state = devices.replicate(state, mesh)
+    records = folder if devices.is_primary() else Path(tempfile.mkdtemp(prefix="panther_jax_"))
+    metrics = MetricsFile(records / "metrics.jsonl", resume_step=counters.step)
+    patch = policies.patch_geometry(config.augment.policy, patch_size)
+    streams = batches.make_streams(
+        config,
+        store,
+        fold,
+        initial_patch=patch.initial_patch_size,
+        positions=devices.positions(mesh, batch_size),
+    )
     loop = Loop(
         config=config,
         task=task,
-        folder=folder,
+        records=records,
         checkpoints=checkpoints,
         metrics=metrics,
         stop=runs.StopRequest(),
         train_step=jax.jit(steps.make_train_step(task), donate_argnums=0),
         validation_step=jax.jit(steps.make_validation_step(task)),
-        to_device=lambda arrays: steps.Batch(**jax.device_put(dict(arrays), in_batch)),
+        to_device=lambda arrays: steps.Batch(**devices.put_batch(arrays, mesh, batch_size)),
         streams=streams,
-        board=tensorboard_writer(folder / "tensorboard") if config.log.tensorboard else None,
-        key=jax.device_put(key_of(batches.TRAIN_STREAM), replicated),
+        board=tensorboard_writer(records / "tensorboard") if config.log.tensorboard else None,
+        key=devices.replicate(key_of(batches.TRAIN_STREAM), mesh),
     )
     return loop, state, counters
 
@@ -327,7 +350,11 @@ def train_fold(
     """Train and validate one fold in ``folder``; what is done already is not done again."""
     start = time.monotonic()
     geometry = policies.patch_geometry(config.augment.policy, store.plans.patch_size)
-    runs.record(folder, {"inference_allowed_mirroring_axes": list(geometry.mirror_axes)})
+    about = {
+        "inference_allowed_mirroring_axes": list(geometry.mirror_axes),
+        "training_cases": list(fold_cases(store, fold)[0]),
+    }
+    runs.record(folder, about)
     loop, state, counters = prepare(config, store, folder, fold=fold, bundle=bundle)
     template = jax.tree.map(
         lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding), state

@@ -24,10 +24,11 @@ LEVELS = (
     ("augment.recipes", "augment.policies"),
     ("nnunet_store", "store", "workers", "cropping", "planner", "panther_plans", "planning"),
     ("preprocess", "phantom", "augment.gallery", "converters", "datasets", "checkpoint", "bundle"),
-    ("batches", "tiles", "export", "inference", "combination", "postprocess", "strategies"),
-    ("members", "prediction"),
-    ("steps", "validation", "runs", "cascade"),
-    ("statistics", "crossval", "charts", "selection"),
+    ("batches", "tiles", "export", "inference", "combination", "roi", "postprocess", "strategies"),
+    ("members", "cases", "prediction"),
+    ("devices", "steps", "validation", "runs", "cascade"),
+    ("statistics", "crossval", "scoring", "charts", "selection", "records", "page", "overlays"),
+    ("sections", "comparison"),
     ("train", "predict", "evaluate", "report", "ensemble"),
     ("stages", "predict_challenge"),
 )
@@ -38,7 +39,9 @@ JAX_FREE = (
     "metrics", "store", "nnunet_store", "workers", "cropping", "preprocess", "planner",
     "panther_plans", "planning", "completeness", "converters", "phantom", "datasets",
     "resampling", "label_resampling", "runs", "combination", "postprocess", "statistics",
-    "crossval", "charts", "selection", "recipe", "cascade", "stages",
+    "crossval", "scoring", "charts", "selection", "records", "page", "overlays", "sections",
+    "comparison", "recipe", "cascade", "stages", "roi", "tiles", "export", "cases", "predict",
+    "evaluate", "report",
 )  # fmt: skip
 FLAX_FREE = ("batches", "inference", "losses", "optim", "augment.policies")
 LAZY = {"SimpleITK", "grain", "tyro", "matplotlib", "skimage", "orbax", "safetensors", "rich"}

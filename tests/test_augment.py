@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import ndimage
 
-from panther_jax import steps
+from panther_jax import devices, steps
 from panther_jax.augment import intensity, local, policies, spatial
 
 RESAMPLED_SEED = 23  # draws a rotation, blur and contrast
@@ -383,18 +383,21 @@ def test_same_key_same_result_on_one_or_eight_devices(policy):
     labels = rng.integers(-1, 3, shape).astype(np.int8)
     augment = policies.make_batch_augment(policy, patch_size=PATCH_2D, label_ids=(0, 1, 2))
     results = []
-    for batch_size in (1, 8):  # how many devices share the work
-        mesh = steps.data_mesh(batch_size)
+    for mesh_shape in ((1, 1), (8, 1), (2, 4)):  # a patch that is split is augmented whole
+        count = mesh_shape[0] * mesh_shape[1]
+        chosen = np.array(jax.devices()[:count]).reshape(mesh_shape)
+        mesh = jax.sharding.Mesh(chosen, devices.AXES, axis_types=(jax.sharding.AxisType.Auto,) * 2)
         share = jax.NamedSharding(mesh, jax.P("data"))
         shared = quick_jit(steps._shared_out(augment, mesh))
         placed = jax.device_put((images, labels), share)
         results.append(shared(jax.random.key(9), *placed))
-    assert [len(image.sharding.device_set) for image, _ in results] == [1, 8]
-    (one_image, one_label), (image, label) = jax.device_get(results)
-    # 1e-5: one sample a device is compiled otherwise than a loop, sums are in another order
-    np.testing.assert_allclose(image, one_image, atol=1e-5)
-    assert (label != one_label).mean() <= 2e-3  # near-ties of label scores
-    assert np.isfinite(image).all() and set(np.unique(label)) == {0, 1, 2}
+    assert [len(image.sharding.device_set) for image, _ in results] == [1, 8, 8]
+    (one_image, one_label), *others = jax.device_get(results)
+    for image, label in others:
+        # 1e-5: one sample a device is compiled otherwise than a loop, sums are in another order
+        np.testing.assert_allclose(image, one_image, atol=1e-5)
+        assert (label != one_label).mean() <= 2e-3  # near-ties of label scores
+        assert np.isfinite(image).all() and set(np.unique(label)) == {0, 1, 2}
 
 
 def test_vmapped_batch_equals_mapped_batch():

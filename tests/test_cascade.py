@@ -3,10 +3,11 @@
 import json
 import os
 import subprocess
+from pathlib import Path
 
 import pytest
 
-from panther_jax import cascade, stages
+from panther_jax import cascade, combination, stages
 from panther_jax.cascade import Plan, State, Step
 
 
@@ -41,6 +42,7 @@ def test_the_chain_goes_from_weights_to_report(tmp_path):
         "weights/multitalent",
         "ct_pancreas fold all",
         "weights/ct_pancreas",
+        "store/Dataset902_PANTHER_HR/nnUNetResEncUNetLPlans_3d_fullres_iso1x1x1",
         "mri_t2_aug_da5_fork fold 0",
         "mri_t2_aug_da5_fork fold 1",
         "mri_t2_aug_da5_fork cross-validation",
@@ -73,7 +75,7 @@ def test_without_foundation_weights_the_way_to_get_them_is_named(tmp_path):
 def test_overrides_reach_every_training_and_demo_shortens_the_last_stage(tmp_path):
     steps = cascade.cascade(plan(tmp_path, demo=True, overrides=("--loop.seed", "5")))
     trainings = [s for s in steps if s.argv[0] == "panther_jax.train"]
-    assert len(trainings) == 6
+    assert len(trainings) == 7
     for step in trainings:
         assert "--demo" in step.argv and step.argv[-2:] == ("--loop.seed", "5")
     assert sum("--loop.epochs" in s.argv for s in trainings) == 4
@@ -99,7 +101,7 @@ def test_changed_starting_weights_are_noticed_and_named(tmp_path):
     step = Step("fold 0", ("x",), (), lambda: state)
     with pytest.raises(stages.StageError, match="--restart-stale"):
         stages.run_steps([step])
-    stages.run_steps([step], keep_stale=True)
+    stages.run_steps([step], stages.Running(keep_stale=True))
 
 
 def test_a_bundle_follows_its_run(tmp_path):
@@ -157,6 +159,34 @@ def test_a_chain_runs_once_and_stops_at_the_first_failure(tmp_path, monkeypatch)
     assert [(tmp_path / n).stat().st_mtime_ns for n in ("first", "broken", "last")] == after
 
 
+def test_steps_of_a_layer_run_side_by_side_each_with_a_device(tmp_path, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
+    # Each waits for the other, so that both end only if they run at the same time.
+    code = """
+import os, time
+here = pathlib.Path(sys.argv[1])
+here.with_suffix(".device").write_text(os.environ["CUDA_VISIBLE_DEVICES"])
+for _ in range(600):
+    if len(list(here.parent.glob("*.device"))) == 2: break
+    time.sleep(0.05)
+else: sys.exit(1)
+here.touch()
+"""
+    steps = [make_step(tmp_path / "a", code), make_step(tmp_path / "b", code)]
+    stages.run_steps(steps, stages.Running(jobs=2))
+    devices = {p.read_text() for p in tmp_path.glob("*.device")}
+    assert devices == {"0", "1"}
+
+
+def test_a_store_is_done_when_every_case_is_whole(tmp_path, monkeypatch):
+    monkeypatch.setattr(cascade, "is_complete", lambda _, name: name != "broken")
+    assert cascade.store_state(tmp_path).status == "to do"
+    write(tmp_path / "dataset.json", {"numTraining": 2})
+    for name, status in (("one", "to do"), ("broken", "to do"), ("two", "done")):
+        (tmp_path / f"{name}.locations.npz").touch()
+        assert cascade.store_state(tmp_path).status == status
+
+
 def test_a_step_that_leaves_nothing_is_a_failure(tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
     with pytest.raises(stages.StageError, match="left nothing"):
@@ -167,7 +197,7 @@ def test_the_graph_is_drawn_with_what_is_done(tmp_path, capsys):
     finish_training(tmp_path / "runs" / "ct_pancreas" / "fold_all")
     code = stages.main(["--task", "t2", "--root", str(tmp_path), "--folds", "0", "--dry-run"])
     lines = capsys.readouterr().out.splitlines()
-    assert code == 0 and len(lines) == 9
+    assert code == 0 and len(lines) == 10
     state = {line.strip("│└├─ ").split("  ")[0]: line.split("  ")[-1].strip() for line in lines}
     assert state["ct_pancreas fold all"] == "done" and state["weights/ct_pancreas"] == "to do"
     assert "weights/multitalent" in lines[0] and "missing" in lines[0]
@@ -178,8 +208,8 @@ def test_commands_are_printed_for_what_is_left(tmp_path, capsys):
     arguments = ["--task", "t1", "--root", str(tmp_path), "--folds", "0", "--print-commands"]
     assert stages.main(arguments) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 8 and all(" -m panther_jax." in line for line in lines)
-    assert "mri_t1.py:aug=da5_fork" in lines[2]
+    assert len(lines) == 9 and all(" -m panther_jax." in line for line in lines)
+    assert "--prepare-only" in lines[2] and "mri_t1.py:aug=da5_fork" in lines[3]
 
 
 @pytest.mark.parametrize(
@@ -225,3 +255,14 @@ def test_the_slurm_script_submits_layers_and_runs_its_lines(tmp_path):
     environment["SLURM_ARRAY_TASK_ID"] = "2"
     subprocess.run(["bash", script], env=environment, check=True)
     assert (tmp_path / "b2").exists() and not (tmp_path / "b1").exists()
+
+
+@pytest.mark.parametrize("task", ["t1", "t2"])
+def test_the_plain_mixes_name_the_runs_of_the_cascade(task):
+    file = Path(__file__).parent.parent / "configs" / "ensembles" / f"task{task[1]}.json"
+    members = combination.read_ensemble(file).members
+    expected = [plan(Path("data"), task=task).run_folder(s) for s in cascade.SPECIALISTS[task]]
+    root = file.parent.parent.parent
+    assert [m.model.resolve().relative_to(root) for m in members] == expected
+    assert {m.checkpoint for m in members} == {"final" if task == "t1" else "best"}
+    assert all(m.mirror_axes == () for m in members)

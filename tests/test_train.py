@@ -36,20 +36,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def options(root, raw, **changes):
-    given = {
-        "fold": 0,
-        "workdir": None,
-        "root": root,
-        "raw": raw,
-        "store": None,
-        "init": None,
-        "demo": False,
-        "restart": False,
-        "allow_config_change": False,
-        "dry_run": False,
-        "deterministic": False,
-    }
-    return runs.Options(**{**given, **changes})
+    return runs.Options(**{"fold": 0, "root": root, "raw": raw, **changes})
 
 
 @pytest.fixture(scope="module", autouse=True)
