@@ -24,6 +24,8 @@ NONLINEARITIES = {
 NETWORK_MODULE = "dynamic_network_architectures.architectures.unet."
 NETWORK_CLASSES = ("ResidualEncoderUNet", "PlainConvUNet")
 TORCH_LEAKY_SLOPE = 0.01
+MAX_STAGES = 20
+SIZES = ("strides", "kernel_sizes")  # an entry an axis
 
 
 class PlansError(ValueError):
@@ -67,7 +69,11 @@ class ArchSpec:
         }
         for name, value in lengths.items():
             if len(value) != n:
-                raise PlansError(f"architecture: {name} has {len(value)} entries for {n} stages")
+                raise PlansError(
+                    f"architecture: {name} has {len(value)} entries for {n} stages, expected {n}"
+                )
+        if not 2 <= n <= MAX_STAGES:
+            raise PlansError(f"architecture: {n} stages; expected 2 to {MAX_STAGES}")
         if len(self.decoder_convs) != n - 1:
             raise PlansError(
                 f"architecture: decoder has {len(self.decoder_convs)} entries, expected {n - 1} "
@@ -84,6 +90,10 @@ class ArchSpec:
                 f"architecture: kernels {self.kernel_sizes} and strides {self.strides} must all "
                 "have 2 or all have 3 axes"
             )
+        for name in ("features", "blocks", "decoder_convs", "strides", "kernel_sizes"):
+            value = getattr(self, name)
+            if any(v < 1 for entry in value for v in (entry if name in SIZES else (entry,))):
+                raise PlansError(f"architecture: {name} must be positive, found {value}")
         if any(k % 2 == 0 for kernel in self.kernel_sizes for k in kernel):
             raise PlansError(f"architecture: kernel sizes must be odd, found {self.kernel_sizes}")
 
@@ -141,7 +151,7 @@ class ArchSpec:
                 f"architecture: network class {name!r} is not known; expected one of "
                 f"{', '.join(NETWORK_CLASSES)}"
             )
-        kwargs = dict(architecture.get("arch_kwargs") or {})
+        kwargs = _options(architecture, "arch_kwargs")
         residual = name == "ResidualEncoderUNet"
         for key in (
             "n_stages",
@@ -152,12 +162,16 @@ class ArchSpec:
             "n_conv_per_stage_decoder",
         ):
             if key not in kwargs:
-                raise PlansError(f"architecture: arch_kwargs lacks {key!r}")
+                raise PlansError(
+                    f"architecture: arch_kwargs lacks {key!r}; copy the plans.json of the model"
+                )
         ndim = _known("conv_op", kwargs.get("conv_op"), CONV_OPS)
-        n = int(kwargs["n_stages"])
-        norm_kwargs = kwargs.get("norm_op_kwargs") or {}
-        nonlin_kwargs = kwargs.get("nonlin_kwargs") or {}
-        dropout_kwargs = kwargs.get("dropout_op_kwargs") or {}
+        n = _number(kwargs, "n_stages", int)
+        if not 2 <= n <= MAX_STAGES:
+            raise PlansError(f"architecture: n_stages is {n}; expected 2 to {MAX_STAGES}")
+        norm_kwargs = _options(kwargs, "norm_op_kwargs")
+        nonlin_kwargs = _options(kwargs, "nonlin_kwargs")
+        dropout_kwargs = _options(kwargs, "dropout_op_kwargs")
         if kwargs.get("norm_op") is not None:
             _known("norm_op", kwargs["norm_op"], NORM_OPS)
         dropout = kwargs.get("dropout_op")
@@ -168,21 +182,29 @@ class ArchSpec:
             network=name,  # type: ignore[arg-type]
             in_channels=in_channels,
             num_outputs=num_outputs,
-            features=_per_stage(kwargs["features_per_stage"], n),
-            kernel_sizes=_per_stage_axes(kwargs["kernel_sizes"], n, ndim),
-            strides=_per_stage_axes(kwargs["strides"], n, ndim),
-            blocks=_per_stage(kwargs["n_blocks_per_stage" if residual else "n_conv_per_stage"], n),
-            decoder_convs=_per_stage(kwargs["n_conv_per_stage_decoder"], n - 1),
+            features=_per_stage(kwargs, "features_per_stage", n),
+            kernel_sizes=_per_stage_axes(kwargs, "kernel_sizes", n, ndim),
+            strides=_per_stage_axes(kwargs, "strides", n, ndim),
+            blocks=_per_stage(kwargs, "n_blocks_per_stage" if residual else "n_conv_per_stage", n),
+            decoder_convs=_per_stage(kwargs, "n_conv_per_stage_decoder", n - 1),
             bottleneck_channels=_bottleneck(kwargs, n) if residual else None,
-            stem_channels=kwargs.get("stem_channels") if residual else None,
+            stem_channels=(
+                _number(kwargs, "stem_channels", int)
+                if residual and kwargs.get("stem_channels") is not None
+                else None
+            ),
             conv_bias=bool(kwargs.get("conv_bias", False)),
             has_norm=kwargs.get("norm_op") is not None,
-            norm_eps=float(norm_kwargs.get("eps", 1e-5)),
+            norm_eps=_number({"eps": 1e-5, **norm_kwargs}, "eps", float),
             norm_affine=bool(norm_kwargs.get("affine", False)),
             nonlin=None if nonlin is None else _known("nonlin", nonlin, NONLINEARITIES),
-            negative_slope=float(nonlin_kwargs.get("negative_slope", TORCH_LEAKY_SLOPE)),
+            negative_slope=_number(
+                {"negative_slope": TORCH_LEAKY_SLOPE, **nonlin_kwargs}, "negative_slope", float
+            ),
             nonlin_first=bool(kwargs.get("nonlin_first", False)) and not residual,
-            dropout_rate=float(dropout_kwargs.get("p", 0.5)) if dropout is not None else 0.0,
+            dropout_rate=(
+                0.0 if dropout is None else _number({"p": 0.5, **dropout_kwargs}, "p", float)
+            ),
         )
 
     def to_nnunet(self) -> dict[str, Any]:
@@ -231,30 +253,59 @@ class ArchSpec:
 
 
 def _known(field: str, path: Any, table: Mapping[str, Any]) -> Any:
-    if path not in table:
+    if not isinstance(path, str) or path not in table:
         raise PlansError(
             f"architecture: {field} {path!r} is not supported; expected one of {', '.join(table)}"
         )
     return table[path]
 
 
-def _per_stage(value: Any, count: int) -> tuple[int, ...]:
-    return (int(value),) * count if isinstance(value, int) else tuple(int(v) for v in value)
+def _options(source: Mapping[str, Any], key: str) -> Mapping[str, Any]:
+    value = source.get(key) or {}
+    if not isinstance(value, Mapping):
+        raise PlansError(f"architecture: {key!r} is {value!r}; expected a JSON object")
+    return value
 
 
-def _per_stage_axes(value: Any, count: int, ndim: int) -> tuple[tuple[int, ...], ...]:
+def _number(source: Mapping[str, Any], key: str, kind: type[Any]) -> Any:
+    try:
+        return kind(source[key])
+    except (TypeError, ValueError, OverflowError):
+        raise PlansError(
+            f"architecture: {key!r} is {source[key]!r}; expected a number"
+        ) from None
+
+
+def _per_stage(source: Mapping[str, Any], key: str, count: int) -> tuple[int, ...]:
+    value = source[key]
+    if isinstance(value, int):
+        return (int(value),) * count
+    if isinstance(value, (list, tuple)) and all(isinstance(v, (int, float)) for v in value):
+        return tuple(int(v) for v in value)
+    raise PlansError(f"architecture: {key!r} is {value!r}; expected an integer a stage")
+
+
+def _per_stage_axes(
+    source: Mapping[str, Any], key: str, count: int, ndim: int
+) -> tuple[tuple[int, ...], ...]:
+    value = source[key]
     if isinstance(value, int):
         return ((value,) * ndim,) * count
-    return tuple((v,) * ndim if isinstance(v, int) else tuple(int(a) for a in v) for v in value)
+    try:
+        entries = [(v,) * ndim if isinstance(v, int) else tuple(v) for v in value]
+        return tuple(tuple(int(a) for a in entry) for entry in entries)
+    except (TypeError, ValueError, OverflowError):
+        raise PlansError(
+            f"architecture: {key!r} is {value!r}; expected a list of integers a stage"
+        ) from None
 
 
 def _bottleneck(kwargs: Mapping[str, Any], num_stages: int) -> tuple[int, ...] | None:
     block = str(kwargs.get("block") or "BasicBlockD").rsplit(".", 1)[-1]
     if block not in ("BasicBlockD", "BottleneckD"):
-        raise PlansError(f"architecture: block {block!r} is not BasicBlockD or BottleneckD")
+        raise PlansError(f"architecture: block {block!r}; expected BasicBlockD or BottleneckD")
     if block == "BasicBlockD":
         return None
-    channels = kwargs.get("bottleneck_channels")
-    if channels is None:
+    if kwargs.get("bottleneck_channels") is None:
         raise PlansError("architecture: BottleneckD blocks need 'bottleneck_channels'")
-    return _per_stage(channels, num_stages)
+    return _per_stage(kwargs, "bottleneck_channels", num_stages)

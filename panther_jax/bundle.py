@@ -12,12 +12,13 @@ from typing import TYPE_CHECKING, Any
 
 import panther_jax
 from panther_jax import command
-from panther_jax.plans import read_json
+from panther_jax.plans import Plans, read_object
 
 if TYPE_CHECKING:  # JAX loads when there is something to do: --help must be quick
     from panther_jax.checkpoint import Kind
 
 EXAMPLE = "python -m panther_jax.bundle --run data/runs/ct_pancreas --out data/weights/ct_pancreas"
+UNFLIPPED_POLICIES = ("none", "no_mirroring")
 PASSED_ON = ("started", "config_file", "config_argument", "device", "git_revision", "params_sha256")
 
 
@@ -44,13 +45,13 @@ def make_bundle(
     refuse_existing(out, overwrite=overwrite)
     params, records = {}, {}
     for fold in trained_folds(run, folds):
-        found = Checkpoints(run / f"fold_{fold}" / "checkpoints").read(checkpoint)
+        found = Checkpoints(run / f"fold_{fold}" / "checkpoints").read_params(checkpoint)
         if found is None:
             raise BundleError(
                 f"{run}/fold_{fold} has no {checkpoint} checkpoint; let its training end by "
                 "starting it again"
             )
-        params[fold], _, counters = found
+        params[fold], counters = found
         about = _about(run, fold)
         records[fold] = {
             **{key: about.get(key) for key in PASSED_ON},
@@ -58,17 +59,18 @@ def make_bundle(
             "step": counters.step,
             "metrics": _scores(run / f"fold_{fold}" / f"validation_{checkpoint}"),
         }
-    axes = _about(run, next(iter(params))).get("inference_allowed_mirroring_axes")
+    plans, dataset = read_object(run / "plans.json"), read_object(run / "dataset.json")
+    axes = run_mirror_axes(run, Plans.from_nnunet(plans, dataset))
     save_bundle(
         out,
         params=params,
-        plans=read_json(run / "plans.json"),
-        dataset=read_json(run / "dataset.json"),
+        plans=plans,
+        dataset=dataset,
         provenance={
             "source": str(run),
             "license": "not stated",
             "converted_by": f"panther_jax {panther_jax.__version__}",
-            "inference_allowed_mirroring_axes": axes,
+            "inference_allowed_mirroring_axes": list(axes),
             "checkpoints": records,
         },
         overwrite=overwrite,
@@ -94,16 +96,29 @@ def trained_folds(run: Path, wanted: Sequence[str] = ()) -> tuple[str, ...]:
     return tuple(wanted or present)
 
 
+def run_mirror_axes(run: Path, plans: Plans) -> tuple[int, ...]:
+    """Axes that a run's training flipped: as recorded, else by its augmentation policy."""
+    for path in sorted(run.glob("fold_*/run.json")):
+        recorded = read_object(path).get("inference_allowed_mirroring_axes")
+        if recorded is not None:
+            return tuple(int(a) for a in recorded)
+    policy = str(read_object(run / "config.json")["augment"]["policy"])
+    axes = tuple(range(len(plans.patch_size)))
+    if policy.endswith(UNFLIPPED_POLICIES):
+        return ()
+    return (axes[:-1] or axes)[:2] if policy == "only_mirror_01" else axes
+
+
 def _about(run: Path, fold: str) -> Mapping[str, Any]:
     path = run / f"fold_{fold}" / "run.json"
-    return read_json(path) if path.is_file() else {}
+    return read_object(path) if path.is_file() else {}
 
 
 def _scores(folder: Path) -> Mapping[str, Any] | None:
     path = folder / "summary.json"
     if not path.is_file():
         return None
-    mean = read_json(path)["mean"]
+    mean = read_object(path)["mean"]
     return {key: {"Dice": entry["Dice"]} for key, entry in mean.items()}
 
 

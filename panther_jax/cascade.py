@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from panther_jax import config
 from panther_jax.places import Places
-from panther_jax.plans import read_json
+from panther_jax.plans import read_object
 from panther_jax.store import is_complete
 
 Task = Literal["t1", "t2"]
@@ -284,7 +284,7 @@ def derived(output: Path, inputs: Sequence[Path]) -> State:
 
 
 def _json(path: Path) -> Mapping[str, Any]:
-    return read_json(path) if path.is_file() else {}
+    return read_object(path) if path.is_file() else {}
 
 
 # ------------------------------------------------------------------------------------- drawing

@@ -21,7 +21,7 @@ import numpy as np
 
 from panther_jax.log import write_json
 from panther_jax.model import Params, param_shapes, walk
-from panther_jax.plans import Labels, Plans, read_json
+from panther_jax.plans import Labels, Plans, read_object
 
 LOGGER = logging.getLogger("panther_jax")
 OPTIONAL_PARTS = {"stem": "encoder/stem/", "heads": "decoder/heads/"}
@@ -181,12 +181,21 @@ class Checkpoints:
         Raises:
             CheckpointError: if checkpoints exist and none can be read.
         """
+        found = self._read_newest(kind, ("params", "opt_state"))
+        return None if found is None else (found[0][0], found[0][1], found[1])
+
+    def read_params(self, kind: Kind) -> tuple[Params, Counters] | None:
+        """As :meth:`read`, without the optimiser state, which is several times as large."""
+        found = self._read_newest(kind, ("params",))
+        return None if found is None else (found[0][0], found[1])
+
+    def _read_newest(self, kind: Kind, items: Sequence[str]) -> tuple[list[Any], Counters] | None:
         steps = self.steps(kind)
         for step in reversed(steps):
             folder = self.folder / kind / str(step)
             try:
                 counters = Counters.from_json(_read_item_json(folder / "meta"))
-                return _read_item(folder / "params"), _read_item(folder / "opt_state"), counters
+                return [_read_item(folder / item) for item in items], counters
             except Exception as error:  # orbax raises many types for damaged files
                 LOGGER.warning("checkpoint %s cannot be read (%s)", folder, _first_line(error))
         if steps:
@@ -375,9 +384,9 @@ def load_bundle(folder: Path) -> ModelBundle:
     for name in ("plans.json", "dataset.json", "provenance.json"):
         if not (folder / name).is_file():
             raise CheckpointError(f"{folder} is not a bundle: it holds no {name}")
-    dataset = read_json(folder / "dataset.json")
-    plans = Plans.from_nnunet(read_json(folder / "plans.json"), dataset)
-    provenance = read_json(folder / "provenance.json")
+    dataset = read_object(folder / "dataset.json")
+    plans = Plans.from_nnunet(read_object(folder / "plans.json"), dataset)
+    provenance = read_object(folder / "provenance.json")
     params: dict[str, Params] = {}
     absent: dict[str, None] = {}
     for path in sorted(folder.glob("*.safetensors")):

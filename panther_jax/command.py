@@ -52,9 +52,20 @@ def run(body: Callable[[], str | None], *, quiet: bool, debug: bool) -> int:
         return FAILED
     except (ValueError, OSError, RuntimeError, MemoryError, ModuleNotFoundError) as error:
         return _failed(error, FAILED, debug)
+    except Exception as error:  # nobody foresaw it: say so, in one message too
+        return _failed(_unexpected(error), FAILED, debug)
     if result:
         print(result)
     return DONE
+
+
+def _unexpected(error: Exception) -> RuntimeError:
+    unexpected = RuntimeError(
+        f"unexpected {type(error).__name__}: {error}\n  This is a defect of panther_jax, or a file "
+        "that it should have refused; run the command again with --debug and report what it prints."
+    )
+    unexpected.__cause__ = error
+    return unexpected
 
 
 def _failed(error: BaseException, code: int, debug: bool) -> int:

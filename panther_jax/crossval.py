@@ -18,7 +18,7 @@ import numpy as np
 
 from panther_jax.config import ValidationConfig
 from panther_jax.imageio import SUPPORTED_ENDINGS
-from panther_jax.plans import Labels, read_json
+from panther_jax.plans import Labels, read_object
 from panther_jax.store import SPLITS, fold_cases, open_store, read_splits
 
 LOGGER = logging.getLogger("panther_jax")
@@ -110,7 +110,7 @@ def find_dataset_json(places: Sequence[Path]) -> Path | None:
 
 def read_labels(path: Path | None) -> Labels | None:
     """The label declaration of a ``dataset.json``, if there is one."""
-    return None if path is None else Labels.from_dataset_json(read_json(path))
+    return None if path is None else Labels.from_dataset_json(read_object(path))
 
 
 # --------------------------------------------------------------------------------------- folds
@@ -198,7 +198,7 @@ def _summary_references(validation: Path) -> dict[str, Path]:
     path = validation / SUMMARY
     if not path.is_file():
         return {}
-    entries = read_json(path).get("metric_per_case", [])
+    entries = read_object(path).get("metric_per_case", [])
     found = {}
     for entry in entries:
         name = Path(entry["prediction_file"]).name
@@ -245,7 +245,7 @@ def training_cases(fold: Fold, splits: Path | None = None) -> frozenset[str]:
         )
     recorded = fold.folder / RUN
     if recorded.is_file():
-        names = read_json(recorded).get("training_cases")
+        names = read_object(recorded).get("training_cases")
         if names is not None:
             return frozenset(names)
     if splits is None:
@@ -329,7 +329,7 @@ def open_candidates(
         for fold in folds:
             require_unseen(fold, splits)
         path = folds[0].run / "dataset.json"
-        labels = Labels.from_dataset_json(read_json(path))
+        labels = Labels.from_dataset_json(read_object(path))
         unique = names.count(names[number]) == 1
         name = names[number] if unique else f"{names[number]} ({number + 1})"
         candidates.append(Candidate(name, folds[0].run, folds, labels))
@@ -376,7 +376,7 @@ def validation_settings(run: Path) -> ValidationConfig:
     path = run / "config.json"
     if not path.is_file():
         return ValidationConfig()
-    given = read_json(path).get("validation", {})
+    given = read_object(path).get("validation", {})
     return ValidationConfig(
         mirror=bool(given.get("mirror", True)), step_size=float(given.get("step_size", 0.5))
     )

@@ -4,9 +4,12 @@
 The compiler exchanges what neighbours need. Nothing here changes a number but for rounding.
 """
 
+import importlib.metadata
 import logging
 import math
+import os
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -177,6 +180,15 @@ def on_one_device(tree: Any) -> Any:
 
 
 # ----------------------------------------------------------------------------------- processes
+
+
+def use_compilation_cache() -> None:
+    """Keep compiled programs between calls, unless the environment names another place."""
+    if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
+        version = importlib.metadata.version("jaxlib")
+        cache = Path.home() / ".cache" / "panther_jax" / "xla" / version
+        jax.config.update("jax_compilation_cache_dir", str(cache))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
 
 
 def connect(coordinator: str | None, num_processes: int | None, process_id: int | None) -> None:

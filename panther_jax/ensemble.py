@@ -28,7 +28,7 @@ from panther_jax.crossval import (
     validation_settings,
 )
 from panther_jax.log import Progress, table, write_json
-from panther_jax.plans import Labels, LabelValue, Plans, read_json
+from panther_jax.plans import Labels, LabelValue, Plans, read_object
 from panther_jax.selection import Candidates, CaseSources, Mixture, Selection, SelectionError
 from panther_jax.store import Store, open_store
 
@@ -93,7 +93,7 @@ def _compute(fold: Fold, case_ids: Sequence[str], checkpoint: Checkpoint, folder
     store = open_store(folder)
     settings = validation_settings(fold.run)
     loaded = members.load_model(fold.run, folds=(str(fold.number),), checkpoint=checkpoint)
-    dtype = read_json(fold.run / "config.json")["loop"]["compute_dtype"]
+    dtype = read_object(fold.run / "config.json")["loop"]["compute_dtype"]
     _require_same_grid(store, loaded.plans, fold.run)
     net = model.build(loaded.plans.arch, model.Execution.auto(dtype))
     predict = inference.make_predictor(

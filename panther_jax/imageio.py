@@ -510,10 +510,9 @@ def _shared_values(labels: Any) -> list[str]:
 def _dataset_json_problems(dataset: Mapping[str, Any]) -> list[str]:
     present = {*dataset, *(["channel_names"] if "modality" in dataset else [])}
     problems = [f"key {k!r} is missing" for k in REQUIRED_KEYS if k not in present]
-    names = _channel_names(dataset)
-    if "channel_names" in present and (
-        not isinstance(names, Mapping) or sorted(names) != sorted(str(i) for i in range(len(names)))
-    ):
+    names = dataset.get("channel_names", dataset.get("modality", {}))
+    numbered = isinstance(names, Mapping) and {*names} == {str(i) for i in range(len(names))}
+    if "channel_names" in present and not (numbered and names):
         problems.append(f'\'channel_names\' must map "0", "1", ... to names, found {names!r}')
     ending = dataset.get("file_ending")
     if "file_ending" in present and str(ending).lower() not in SUPPORTED_ENDINGS:
@@ -537,13 +536,18 @@ def _listed_cases(folder: Path, entries: Any) -> tuple[tuple[RawCase, ...], Prob
         # A case id becomes a file name in every later step: it must not lead out of the folder.
         if re.search(r"[/\\]", case_id) or case_id in ("", ".", ".."):
             problems[case_id] = ("the id cannot be used as a file name",)
-        elif not isinstance(entry, Mapping) or not entry.get("images") or not entry.get("label"):
+        elif not _is_listed_case(entry):
             problems[case_id] = ("expected {'images': [...], 'label': ...}",)
         else:
             names = (*entry["images"], entry["label"])
             files = [folder / os.path.expandvars(str(name)) for name in names]
             cases.append(RawCase(case_id, tuple(files[:-1]), files[-1]))
     return tuple(cases), problems
+
+
+def _is_listed_case(entry: Any) -> bool:
+    complete = isinstance(entry, Mapping) and entry.get("images") and entry.get("label")
+    return bool(complete) and isinstance(entry["images"], list)
 
 
 def _scan(

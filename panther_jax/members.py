@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from panther_jax.bundle import run_mirror_axes
 from panther_jax.checkpoint import Checkpoints, load_bundle
 from panther_jax.combination import (
     Combination,
@@ -20,7 +21,7 @@ from panther_jax.combination import (
     make_combination,
 )
 from panther_jax.model import Params, param_shapes, walk
-from panther_jax.plans import Labels, Plans, read_json
+from panther_jax.plans import Labels, Plans, read_object
 
 LOGGER = logging.getLogger("panther_jax")
 Choice = Literal["final", "best"]
@@ -28,7 +29,6 @@ CHECKPOINT_FILES: Mapping[str, str] = {
     "final": "checkpoint_final.pth",
     "best": "checkpoint_best.pth",
 }
-UNFLIPPED_POLICIES = ("none", "no_mirroring")
 
 PREPROCESSING = (
     "spacing", "normalization", "use_mask_for_norm", "intensity", "transpose_forward",
@@ -113,7 +113,7 @@ def load_model(
 
 
 def _load_run(folder: Path, folds: Sequence[str], checkpoint: Choice) -> Model:
-    plans_json, dataset = read_json(folder / "plans.json"), read_json(folder / "dataset.json")
+    plans_json, dataset = read_object(folder / "plans.json"), read_object(folder / "dataset.json")
     plans = Plans.from_nnunet(plans_json, dataset)
     present = {
         p.parent.name.removeprefix("fold_"): Checkpoints(p)
@@ -135,26 +135,13 @@ def _load_run(folder: Path, folds: Sequence[str], checkpoint: Choice) -> Model:
     chosen = tuple(folds or [fold for fold in ready if fold.isdigit()] or ready)
     params = []
     for fold in chosen:
-        found = present[fold].read(checkpoint)
+        found = present[fold].read_params(checkpoint)
         assert found is not None, "a complete checkpoint is listed and can be read"
         _require_fit(found[0], plans, present[fold].folder / checkpoint)
         params.append(found[0])
-    axes = _run_mirror_axes(folder, plans)
+    axes = run_mirror_axes(folder, plans)
     labels = Labels.from_dataset_json(dataset)
     return Model("", plans, labels, dataset, plans_json, axes, chosen, tuple(params))
-
-
-def _run_mirror_axes(folder: Path, plans: Plans) -> tuple[int, ...]:
-    """Axes that training flipped: as recorded by the run, else by its augmentation policy."""
-    for path in sorted(folder.glob("fold_*/run.json")):
-        recorded = read_json(path).get("inference_allowed_mirroring_axes")
-        if recorded is not None:
-            return tuple(int(a) for a in recorded)
-    policy = str(read_json(folder / "config.json")["augment"]["policy"])
-    axes = tuple(range(len(plans.patch_size)))
-    if policy.endswith(UNFLIPPED_POLICIES):
-        return ()
-    return (axes[:-1] or axes)[:2] if policy == "only_mirror_01" else axes
 
 
 def _require_fit(params: Params, plans: Plans, where: Path) -> None:
@@ -180,7 +167,7 @@ def _load_bundle(folder: Path, folds: Sequence[str], checkpoint: Choice) -> Mode
     bundle.require_complete(f"predict with {folder}")
     if checkpoint != "final":
         LOGGER.info("%s is a bundle: it holds one checkpoint a fold, which is taken", folder)
-    dataset, plans_json = read_json(folder / "dataset.json"), read_json(folder / "plans.json")
+    dataset, plans_json = read_object(folder / "dataset.json"), read_object(folder / "plans.json")
     chosen = _choose(folder, tuple(bundle.params), folds)
     params = tuple(bundle.params[fold] for fold in chosen)
     axes = bundle.mirror_axes

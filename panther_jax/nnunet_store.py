@@ -26,6 +26,7 @@ from panther_jax.plans import (
     PlansError,
     Properties,
     read_json,
+    read_object,
     resolve_configuration,
 )
 
@@ -77,7 +78,7 @@ def open_folder(folder: Path) -> NnunetFolder:
         FileNotFoundError: if no plans in the folder above make this folder.
     """
     folder = folder.resolve()
-    dataset = read_json(folder.parent / DATASET)
+    dataset = read_object(folder.parent / DATASET)
     plans, configuration = _plans_of(folder)
     return NnunetFolder(
         folder, Plans.from_nnunet(plans, dataset, configuration), dataset, _case_ids(folder)

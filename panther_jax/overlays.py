@@ -14,9 +14,10 @@ import numpy as np
 from jaxtyping import Float32
 
 from panther_jax import imageio, pictures
+from panther_jax.metrics import scored_label
 from panther_jax.pictures import Mask, View
 from panther_jax.plans import Geometry, LabelValue, Properties, read_json
-from panther_jax.records import CaseRecord, RunRecord, scored_class
+from panther_jax.records import CaseRecord, RunRecord
 from panther_jax.store import REFERENCES
 
 CT_WINDOW = (-160.0, 240.0)  # Hounsfield units, soft tissue of the abdomen
@@ -56,7 +57,7 @@ def case_views(
         return CaseViews((), (*notes, found))
     image, note = found
     notes += [note] if note else []
-    main = scored_class(run.labels)[1]
+    main = scored_label(run.labels)[1]
     others = [value for _, value in run.labels.classes if value != main] if len(runs) == 1 else []
     masks = []
     for who, labelled in enumerate((reference, *predictions)):

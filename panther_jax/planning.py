@@ -30,6 +30,7 @@ from panther_jax.plans import (
     Resampler,
     normalization_schemes,
     read_json,
+    read_object,
 )
 from panther_jax.store import DATASET, FINGERPRINT, PLANS, copy_splits, write_json
 from panther_jax.workers import Failure, map_cases
@@ -311,7 +312,7 @@ def dataset_fingerprint(
     """
     path = folder / FINGERPRINT
     if path.is_file() and not clean:
-        fingerprint = read_json(path)
+        fingerprint = read_object(path)
         num_measured = len(fingerprint.get("spacings", ()))
         if num_measured != len(raw.cases):
             raise DatasetError(
@@ -337,7 +338,7 @@ def write_plans(
         PlansError: if a file would change and ``overwrite`` is not set.
     """
     path = folder / PLANS
-    old = read_json(path) if path.is_file() else {}
+    old = read_object(path) if path.is_file() else {}
     kept = {
         name: entry
         for name, entry in (old.get("configurations") or {}).items()
@@ -412,7 +413,7 @@ def _run(arguments: argparse.Namespace) -> str:
     planner.find_planner(options.planner_name)  # a wrong name stops before an hour of measuring
     if arguments.from_plans is not None:
         plans = panther_plans.move_plans(
-            read_json(arguments.from_plans),
+            read_object(arguments.from_plans),
             raw.dataset,
             dataset_name=raw.folder.resolve().name,
             plans_name=options.plans_name,

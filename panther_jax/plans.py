@@ -5,7 +5,8 @@ No arrays, no JAX, no file formats beyond JSON dictionaries.
 """
 
 import json
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -163,7 +164,13 @@ class Labels:
             )
         names = tuple((str(name), _label_value(str(name), value)) for name, value in labels.items())
         order = dataset.get("regions_class_order")
-        return Labels(names, None if order is None else tuple(int(i) for i in order))
+        if order is not None and not (
+            isinstance(order, (list, tuple)) and all(isinstance(i, int) for i in order)
+        ):
+            raise PlansError(
+                f"dataset.json: 'regions_class_order' is {order!r}; expected a list of integers"
+            )
+        return Labels(names, None if order is None else tuple(order))
 
     def to_dataset_json(self) -> dict[str, Any]:
         """The ``labels`` (and ``regions_class_order``) entries of a dataset.json."""
@@ -197,7 +204,10 @@ class Resampler:
 
     def __post_init__(self) -> None:
         if self.name not in RESAMPLERS:
-            raise PlansError(f"plans: resampling function {self.name!r} is not supported")
+            raise PlansError(
+                f"plans: resampling function {self.name!r} is not supported; expected one of "
+                f"{', '.join(RESAMPLERS)}"
+            )
 
     def get(self, key: str, default: Any = None) -> Any:
         """One keyword argument."""
@@ -254,7 +264,7 @@ class Plans:
         Raises:
             PlansError: naming the configuration or field that is missing or not supported.
         """
-        names = list(plans.get("configurations") or {})
+        names = list(_configurations(plans))
         if configuration is None:
             if len(names) != 1:
                 raise PlansError(f"plans: name one of the configurations {names}")
@@ -262,36 +272,45 @@ class Plans:
         assert configuration is not None
         entry = resolve_configuration(plans, configuration)
         channels = dataset.get("channel_names", dataset.get("modality"))
-        if not channels:
-            raise PlansError("dataset.json: 'channel_names' is missing")
+        if not isinstance(channels, (Mapping, list)) or not channels:
+            raise PlansError(
+                "dataset.json: 'channel_names' is missing; expected, e.g., {\"0\": \"MRI\"}"
+            )
         labels = Labels.from_dataset_json(dataset)
         try:
-            return Plans(
+            read = Plans(
                 dataset_name=str(plans["dataset_name"]),
                 plans_name=str(plans["plans_name"]),
                 configuration=configuration,
-                spacing=tuple(float(s) for s in entry["spacing"]),
-                patch_size=tuple(int(p) for p in entry["patch_size"]),
-                batch_size=int(entry["batch_size"]),
+                spacing=_field(entry, "spacing", _spacing, "two or three positive numbers"),
+                patch_size=_field(entry, "patch_size", _sizes, "two or three positive integers"),
+                batch_size=_field(entry, "batch_size", _size, "a positive integer"),
                 batch_dice=bool(entry["batch_dice"]),
-                normalization=tuple(entry["normalization_schemes"]),
-                use_mask_for_norm=tuple(bool(m) for m in entry["use_mask_for_norm"]),
+                normalization=_field(entry, "normalization_schemes", _names, "a list of names"),
+                use_mask_for_norm=_field(entry, "use_mask_for_norm", _flags, "true or false each"),
                 resampling_image=_resampler(entry, "data"),
                 resampling_label=_resampler(entry, "seg"),
                 resampling_logits=_resampler(entry, "probabilities"),
                 arch=ArchSpec.from_nnunet(
-                    entry["architecture"],
+                    _field(entry, "architecture", _object, "a JSON object"),
                     in_channels=len(channels),
                     num_outputs=labels.num_outputs,
                 ),
-                transpose_forward=tuple(int(a) for a in plans["transpose_forward"]),
+                transpose_forward=_field(plans, "transpose_forward", _axes, "an order of 0, 1, 2"),
                 intensity=_intensity(plans.get("foreground_intensity_properties_per_channel")),
                 data_identifier=str(entry.get("data_identifier", "")),
             )
         except KeyError as error:
             raise PlansError(
-                f"plans: configuration {configuration!r} lacks {error.args[0]!r}"
+                f"plans: configuration {configuration!r} lacks {error.args[0]!r}; copy plans.json "
+                "again, or make it anew with panther_jax.planning"
             ) from None
+        if {len(read.spacing), len(read.patch_size)} != {read.arch.ndim}:
+            raise PlansError(
+                f"plans: 'spacing' {read.spacing}, 'patch_size' {read.patch_size} and the network "
+                f"of {read.arch.ndim} axes must have equally many"
+            )
+        return read
 
     def to_nnunet(self) -> dict[str, Any]:
         """A plans.json dictionary that holds this configuration alone."""
@@ -334,18 +353,23 @@ def resolve_configuration(plans: Mapping[str, Any], name: str) -> dict[str, Any]
     Raises:
         PlansError: if the configuration is missing or inherits in a circle.
     """
-    configurations = plans.get("configurations") or {}
+    configurations = _configurations(plans)
     chain: list[str] = []
-    current: str | None = name
+    current: Any = name
     while current is not None:
         if current in chain:
-            raise PlansError(f"plans: configurations inherit in a circle: {[*chain, current]}")
-        if current not in configurations:
             raise PlansError(
-                f"plans: configuration {current!r} not found; there are {sorted(configurations)}"
+                f"plans: configurations inherit in a circle: {[*chain, current]}; remove one "
+                "'inherits_from'"
+            )
+        if not isinstance(current, str) or current not in configurations:
+            where = f" ('inherits_from' of {chain[-1]!r})" if chain else ""
+            raise PlansError(
+                f"plans: configuration {current!r}{where} not found; there are "
+                f"{sorted(configurations)}"
             )
         chain.append(current)
-        current = configurations[current].get("inherits_from")
+        current = _field(configurations, current, _object, "a JSON object").get("inherits_from")
     resolved: dict[str, Any] = {}
     for key in reversed(chain):
         resolved.update(configurations[key])
@@ -360,19 +384,91 @@ def normalization_schemes(channel_names: Mapping[str, str]) -> tuple[str, ...]:
     )
 
 
+def _configurations(plans: Mapping[str, Any]) -> Mapping[str, Any]:
+    return _object(plans.get("configurations") or {}, "plans: 'configurations'")
+
+
+def _field(
+    source: Mapping[str, Any], key: str, convert: Callable[[Any], Any], expected: str
+) -> Any:
+    """One entry, converted and checked; a missing one is a KeyError."""
+    value = source[key]
+    try:
+        return convert(value)
+    except (TypeError, ValueError, OverflowError):
+        shown = repr(value) if len(repr(value)) < 200 else f"{repr(value)[:200]}..."
+        raise PlansError(f"plans: {key!r} is {shown}; expected {expected}") from None
+
+
+def _object(value: Any, what: str = "") -> Mapping[str, Any]:
+    if not isinstance(value, Mapping):
+        raise PlansError(f"{what} is a {type(value).__name__}; expected a JSON object")
+    return value
+
+
+def _list(value: Any) -> list[Any] | tuple[Any, ...]:
+    if not isinstance(value, (list, tuple)):
+        raise TypeError(value)
+    return value
+
+
+def _spacing(value: Any) -> tuple[float, ...]:
+    spacing = tuple(float(s) for s in _list(value))
+    if len(spacing) not in (2, 3) or not all(0 < s < math.inf for s in spacing):
+        raise ValueError(value)
+    return spacing
+
+
+def _size(value: Any) -> int:
+    if int(value) < 1:
+        raise ValueError(value)
+    return int(value)
+
+
+def _sizes(value: Any) -> tuple[int, ...]:
+    sizes = tuple(_size(n) for n in _list(value))
+    if len(sizes) not in (2, 3):
+        raise ValueError(value)
+    return sizes
+
+
+def _names(value: Any) -> tuple[str, ...]:
+    if not all(isinstance(name, str) for name in _list(value)):
+        raise TypeError(value)
+    return tuple(value)
+
+
+def _flags(value: Any) -> tuple[bool, ...]:
+    return tuple(bool(flag) for flag in _list(value))
+
+
+def _axes(value: Any) -> tuple[int, ...]:
+    axes = tuple(int(a) for a in _list(value))
+    if sorted(axes) != list(range(len(axes))) or len(axes) not in (2, 3):
+        raise ValueError(value)
+    return axes
+
+
 def _resampler(entry: Mapping[str, Any], kind: str) -> Resampler:
-    kwargs = entry.get(f"resampling_fn_{kind}_kwargs") or {}
-    return Resampler(entry[f"resampling_fn_{kind}"], tuple(sorted(kwargs.items())))
+    name = f"resampling_fn_{kind}"
+    kwargs = _object(entry.get(f"{name}_kwargs") or {}, f"plans: '{name}_kwargs'")
+    return Resampler(entry[name], tuple(sorted(kwargs.items())))
 
 
 def _intensity(properties: Mapping[str, Any] | None) -> tuple[IntensityProperties, ...]:
     if not properties:
         return ()
     fields = IntensityProperties.__dataclass_fields__
-    return tuple(
-        IntensityProperties(**{f: float(properties[k][f]) for f in fields})
-        for k in sorted(properties, key=int)
-    )
+    try:
+        return tuple(
+            IntensityProperties(**{f: float(properties[k][f]) for f in fields})
+            for k in sorted(properties, key=int)
+        )
+    except (TypeError, ValueError, KeyError, AttributeError) as error:
+        raise PlansError(
+            "plans: 'foreground_intensity_properties_per_channel' cannot be used "
+            f"({type(error).__name__}: {error}); expected {', '.join(fields)} of channel 0, 1, ..."
+        ) from None
 
 
 # ---------------------------------------------------------------------------------- properties
@@ -421,5 +517,22 @@ def read_json(path: Path) -> Any:
         raise FileNotFoundError(f"{path} does not exist")
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise PlansError(f"{path} is not valid JSON: {error}") from None
+    except (ValueError, RecursionError) as error:  # also text of another coding, endless numbers
+        raise PlansError(
+            f"{path} is not valid JSON: {error}\n  Copy it again, or correct it."
+        ) from None
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """Parse a JSON file that must hold an object.
+
+    Raises:
+        FileNotFoundError, PlansError: naming the file.
+    """
+    value = read_json(path)
+    if not isinstance(value, dict):
+        raise PlansError(
+            f"{path}: expected a JSON object, found {type(value).__name__}\n  Copy it again, or "
+            "name another file."
+        )
+    return value

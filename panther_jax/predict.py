@@ -8,7 +8,6 @@ import argparse
 import dataclasses
 import importlib.metadata
 import logging
-import os
 import sys
 import time
 import uuid
@@ -25,7 +24,7 @@ from panther_jax import command, imageio
 from panther_jax.cases import Task, find_tasks
 from panther_jax.combination import EnsembleSpec, read_ensemble
 from panther_jax.log import Progress, duration, write_json
-from panther_jax.plans import Geometry, read_json
+from panther_jax.plans import Geometry, read_object
 
 if TYPE_CHECKING:  # JAX loads when there is something to predict: --help must be quick
     from panther_jax.prediction import CasePredictor, Prediction
@@ -338,7 +337,7 @@ def _write_beside(predictor: "CasePredictor", folder: Path, *, overwrite: bool) 
     entry = {**describe(predictor.ensemble), **matter}
     path = folder / ARGUMENTS
     if path.is_file() and not overwrite:
-        before = {k: v for k, v in read_json(path).items() if k in entry}
+        before = {k: v for k, v in read_object(path).items() if k in entry}
         if before != entry:
             changed = sorted(k for k in entry if before.get(k) != entry[k])
             raise PredictError(
@@ -403,7 +402,9 @@ def _checked(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> 
 
 
 def _run(arguments: argparse.Namespace) -> str:
-    use_compilation_cache()
+    from panther_jax import devices
+
+    devices.use_compilation_cache()
     if arguments.ensemble is not None:
         model: Any = read_ensemble(arguments.ensemble)
     else:
@@ -439,17 +440,6 @@ def _run(arguments: argparse.Namespace) -> str:
 
 def _has_fold_all(models: Sequence[Path] | None) -> bool:
     return any((path / "fold_all").is_dir() for path in models or ())
-
-
-def use_compilation_cache() -> None:
-    """Keep compiled programs between calls, unless the environment names another place."""
-    import jax
-
-    if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
-        version = importlib.metadata.version("jaxlib")
-        cache = Path.home() / ".cache" / "panther_jax" / "xla" / version
-        jax.config.update("jax_compilation_cache_dir", str(cache))
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -25,7 +25,7 @@ from panther_jax.imageio import read_image
 from panther_jax.metrics import TUMOR_NAMES
 from panther_jax.plans import Geometry, Labels
 from panther_jax.postprocess import filter_components, flat_labels, keep_largest_component
-from panther_jax.predict import load, predict, use_compilation_cache
+from panther_jax.predict import load, predict
 
 LOGGER = logging.getLogger("panther_jax")
 
@@ -360,7 +360,9 @@ def _run(arguments: argparse.Namespace, start: float) -> str:
     path = find_input(arguments.input, TASKS[arguments.task])
     output = arguments.output / OUTPUT_FOLDER / path.name
     prepare_output(output, overwrite=arguments.overwrite)
-    use_compilation_cache()
+    from panther_jax import devices
+
+    devices.use_compilation_cache()
     image, geometry = read_image([path])
     recipe = _recipe(arguments)
     loaded = time.monotonic()

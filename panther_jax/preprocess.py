@@ -29,7 +29,7 @@ from panther_jax.plans import (
     LabelValue,
     Plans,
     Properties,
-    read_json,
+    read_object,
 )
 from panther_jax.resampling import resample_image, target_shape
 from panther_jax.store import StoredCase
@@ -350,8 +350,8 @@ def _plans_and_fingerprint(
 ) -> tuple[Plans, Mapping[str, Any] | None]:
     if arguments.plans is not None:
         beside = arguments.plans.parent / store_files.FINGERPRINT
-        fingerprint = read_json(beside) if beside.is_file() else None
-        plans = read_json(arguments.plans)
+        fingerprint = read_object(beside) if beside.is_file() else None
+        plans = read_object(arguments.plans)
         return Plans.from_nnunet(plans, raw.dataset, arguments.configuration), fingerprint
     config, _ = load_config(arguments.config)
     fingerprint = fingerprint_if_needed(config, raw, arguments.out, workers=arguments.workers)

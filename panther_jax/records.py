@@ -13,12 +13,11 @@ from typing import Any, Literal
 
 from panther_jax.command import UsageError
 from panther_jax.crossval import file_ending
-from panther_jax.metrics import PANTHER_METRICS, class_key
-from panther_jax.plans import Labels, LabelValue, read_json
+from panther_jax.metrics import PANTHER_METRICS, class_key, scored_label
+from panther_jax.plans import Labels, read_json
 from panther_jax.store import REFERENCES, SPLITS, read_splits
 
 CHECKPOINTS = ("final", "best")
-TUMOR_NAMES = ("tumor", "tumour", "lesion")
 VOLUMES = ("gt_volume", "pred_volume")
 MAX_LISTED = 10
 
@@ -154,12 +153,6 @@ def number(value: Any) -> float:
     """A JSON value as a float; NaN if it is no number."""
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
     return float(value) if is_number else math.nan
-
-
-def scored_class(labels: Labels) -> tuple[str, LabelValue]:
-    """Name and value of the class that the PANTHER metrics score."""
-    named = [c for c in labels.classes if c[0].casefold() in TUMOR_NAMES]
-    return (named or list(labels.classes))[0]
 
 
 # ------------------------------------------------------------------------------------- folders
@@ -375,7 +368,7 @@ def _case(
     found = panther.get(case_id, {})
     scores = {n: number(found.get(n)) for n in (*PANTHER_METRICS, *VOLUMES)}
     if not found and dice:  # nnU-Net's summary alone tells the Dice
-        scored = scored_class(labels)[0] if labels else next(iter(dice))
+        scored = scored_label(labels)[0] if labels else next(iter(dice))
         scores["volumetric_dice"] = dice[scored]
     reference = entry.get("reference_file")
     return CaseRecord(

@@ -26,7 +26,7 @@ from panther_jax import command, config, imageio, planning, preprocess
 from panther_jax.config import ConfigError, ConfigSource, TrainConfig
 from panther_jax.log import announced, setup_logging, write_json
 from panther_jax.places import Places
-from panther_jax.plans import Plans, read_json
+from panther_jax.plans import Plans, read_object
 from panther_jax.store import Store, open_store
 
 LOGGER = logging.getLogger("panther_jax")
@@ -238,13 +238,10 @@ def _set_up_jax(settings: TrainConfig, *, deterministic: bool) -> None:
     if deterministic:
         flags = os.environ.get("XLA_FLAGS", "")
         os.environ["XLA_FLAGS"] = f"{flags} --xla_gpu_deterministic_ops=true".strip()
-    if settings.loop.compilation_cache and not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
-        import jax
+    if settings.loop.compilation_cache:
+        from panther_jax import devices
 
-        version = importlib.metadata.version("jaxlib")
-        cache = Path.home() / ".cache" / "panther_jax" / "xla" / version
-        jax.config.update("jax_compilation_cache_dir", str(cache))
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
+        devices.use_compilation_cache()
 
 
 def device_name() -> str:
@@ -379,7 +376,7 @@ def open_workdir(
     fresh = not folder.exists() and not others
     config_path, plans_path = workdir / "config.json", workdir / "plans.json"
     if not fresh and config_path.is_file():
-        stored = TrainConfig.from_json(read_json(config_path)).to_json()
+        stored = TrainConfig.from_json(read_object(config_path)).to_json()
         changed = config.differences(_fixed(stored), _fixed(settings.to_json()))
         if changed and not options.allow_config_change:
             raise ConfigError(
@@ -391,7 +388,7 @@ def open_workdir(
         for line in changed:
             LOGGER.warning("config changed: %s", line)
     if not fresh and plans_path.is_file():
-        stored_plans = Plans.from_nnunet(read_json(plans_path), store.dataset)
+        stored_plans = Plans.from_nnunet(read_object(plans_path), store.dataset)
         if stored_plans.arch != store.plans.arch:
             raise ConfigError(
                 f"{plans_path} holds another architecture than the store {store.folder}; choose "
@@ -399,7 +396,7 @@ def open_workdir(
             )
     folder.mkdir(parents=True, exist_ok=True)
     write_json(config_path, settings.to_json())
-    write_json(plans_path, read_json(store.folder / "plans.json"))
+    write_json(plans_path, read_object(store.folder / "plans.json"))
     write_json(workdir / "dataset.json", store.dataset)
 
 
@@ -414,7 +411,7 @@ def record(folder: Path, entries: dict[str, Any]) -> None:
     if jax.process_index():
         return
     path = folder / "run.json"
-    known = read_json(path) if path.is_file() else {}
+    known = read_object(path) if path.is_file() else {}
     write_json(path, {**known, **entries})
 
 

@@ -11,7 +11,7 @@ import numpy as np
 import panther_jax
 from panther_jax import charts, overlays, statistics
 from panther_jax.charts import Axis, Curve, Dots
-from panther_jax.metrics import PANTHER_METRICS
+from panther_jax.metrics import PANTHER_METRICS, scored_label
 from panther_jax.overlays import CaseViews
 from panther_jax.page import CaseFigure, Figure, LegendEntry, Row, Section, Table, flat
 from panther_jax.records import (
@@ -21,7 +21,6 @@ from panther_jax.records import (
     Outcome,
     RunRecord,
     number,
-    scored_class,
 )
 
 MM3_PER_ML = 1000.0
@@ -58,7 +57,7 @@ def interval_text(interval: statistics.Interval, decimals: int, scale: float = 1
 
 def class_name(run: RunRecord) -> str:
     """Name of the class that the PANTHER metrics score."""
-    return scored_class(run.labels)[0] if run.labels else "first class"
+    return scored_label(run.labels)[0] if run.labels else "first class"
 
 
 def metric_titles(name: str) -> dict[str, str]:

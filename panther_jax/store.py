@@ -23,7 +23,7 @@ from jaxtyping import Float32, Integer
 from panther_jax import nnunet_store
 from panther_jax.imageio import label_values
 from panther_jax.nnunet_store import NnunetFolder, StoreError
-from panther_jax.plans import Labels, LabelValue, Plans, Properties, read_json
+from panther_jax.plans import Labels, LabelValue, Plans, Properties, read_json, read_object
 
 FORMAT_VERSION = 1
 PLANS, DATASET, SPLITS = "plans.json", "dataset.json", "splits_final.json"
@@ -104,13 +104,13 @@ def open_store(folder: Path) -> Store:
             f"{folder} is not a store: it has no {PLANS}, and no cases of nnU-Net\n"
             "  Make it with: python -m panther_jax.preprocess --raw RAW --out STORE --config FILE"
         )
-    dataset = read_json(folder / DATASET)
+    dataset = read_object(folder / DATASET)
     case_ids = stored_ids(folder)
     if not case_ids:
         raise StoreError(f"{folder} holds no complete case; run panther_jax.preprocess again")
     return Store(
         folder=folder,
-        plans=Plans.from_nnunet(read_json(folder / PLANS), dataset),
+        plans=Plans.from_nnunet(read_object(folder / PLANS), dataset),
         labels=Labels.from_dataset_json(dataset),
         dataset=dataset,
         case_ids=case_ids,
@@ -190,7 +190,7 @@ def _read_entry(folder: Path, case_id: str) -> dict[str, Any]:
             f"case {case_id!r} is not in the store {folder}; run panther_jax.preprocess again"
         )
     try:
-        entry = read_json(path)
+        entry = read_object(path)
         if entry["version"] != FORMAT_VERSION:
             raise ValueError(f"format version {entry['version']}, expected {FORMAT_VERSION}")
         files = dict(entry["files"])
@@ -380,8 +380,8 @@ def prepare_store(
         StoreWriteError: if the folder cannot be written.
     """
     if (folder / PLANS).is_file() and (folder / DATASET).is_file():
-        old_dataset = read_json(folder / DATASET)
-        old = Plans.from_nnunet(read_json(folder / PLANS), old_dataset)
+        old_dataset = read_object(folder / DATASET)
+        old = Plans.from_nnunet(read_object(folder / PLANS), old_dataset)
         problems = _changes(_recipe(old, old_dataset), _recipe(plans, dataset))
         if problems:
             listed = "\n".join(f"  {p}" for p in problems)

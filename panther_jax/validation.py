@@ -28,7 +28,6 @@ from panther_jax.store import Store, StoredCase, read_stored
 LOGGER = logging.getLogger("panther_jax")
 PARTS = ".cases"
 """Folder of what is known of each case until the summary is written."""
-TUMOR_NAMES = ("tumor", "tumour", "lesion")
 
 Progress = Callable[[str, int, int], None]
 
@@ -136,7 +135,7 @@ def _score(store: Store, case: StoredCase, logits: np.ndarray, folder: Path) -> 
         "prediction_file": str(path),
         "reference_file": str(store.reference(case.id)),
     }
-    _, tumor = scored_class(store)
+    _, tumor = metrics.scored_label(store.labels)
     scores = metrics.panther_case(
         np.isin(reference, tumor), np.isin(prediction, tumor), spacing_zyx=geometry.spacing_zyx
     )
@@ -226,12 +225,6 @@ def cases_to_validate(case_ids: Sequence[str], which: Literal["all", "task2"]) -
             "  Train on a combined data set, or validate all cases with --validation.cases all."
         )
     return chosen
-
-
-def scored_class(store: Store) -> tuple[str, Any]:
-    """Name and value of the class that the PANTHER metrics score."""
-    named = [c for c in store.labels.classes if c[0].casefold() in TUMOR_NAMES]
-    return (named or list(store.labels.classes))[0]
 
 
 def results_table(store: Store, summary: Mapping[str, Any]) -> str:

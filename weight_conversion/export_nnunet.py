@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from panther_jax import command
+from panther_jax.bundle import run_mirror_axes
 from panther_jax.log import read_metrics, write_json
-from panther_jax.plans import Plans, read_json
+from panther_jax.plans import Plans, read_object
 
 if TYPE_CHECKING:  # JAX and torch load when there is something to convert: --help must be quick
     from panther_jax.checkpoint import Counters, Kind
@@ -55,7 +56,6 @@ SGD_GROUP = {
     "fused": None,
     "initial_lr": 0.01,
 }
-UNFLIPPED_POLICIES = ("none", "no_mirroring")
 
 
 class ExportError(ValueError):
@@ -178,14 +178,16 @@ def _open_run(folder: Path, folds: Sequence[str]) -> Model:
     found = sorted(p.parent.name for p in folder.glob("fold_*/checkpoints") if p.is_dir())
     chosen = _choose(folder, tuple(name.removeprefix("fold_") for name in found), folds)
     plans, dataset = _documents(folder)
-    config = read_json(folder / "config.json")
+    config = read_object(folder / "config.json")
     members = (m for fold in chosen for m in _members_of_fold(folder, fold, config, plans, dataset))
-    return Model(plans, dataset, _mirror_axes(folder, config, plans, dataset), members)
+    return Model(
+        plans, dataset, run_mirror_axes(folder, Plans.from_nnunet(plans, dataset)), members
+    )
 
 
 def _documents(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    dataset = read_json(folder / "dataset.json")
-    return read_json(folder / "plans.json"), {"file_ending": ".nii.gz", **dataset}
+    dataset = read_object(folder / "dataset.json")
+    return read_object(folder / "plans.json"), {"file_ending": ".nii.gz", **dataset}
 
 
 def _choose(folder: Path, present: Sequence[str], wanted: Sequence[str]) -> tuple[str, ...]:
@@ -196,21 +198,6 @@ def _choose(folder: Path, present: Sequence[str], wanted: Sequence[str]) -> tupl
             f"there are: {', '.join(present) or 'none'}"
         )
     return tuple(wanted or present)
-
-
-def _mirror_axes(
-    folder: Path, config: Mapping[str, Any], plans: Mapping[str, Any], dataset: Mapping[str, Any]
-) -> tuple[int, ...]:
-    """Axes that training flipped: as recorded by the run, else by its augmentation policy."""
-    for path in sorted(folder.glob("fold_*/run.json")):
-        recorded = read_json(path).get("inference_allowed_mirroring_axes")
-        if recorded is not None:
-            return tuple(int(a) for a in recorded)
-    policy = str(config["augment"]["policy"])
-    axes = tuple(range(len(Plans.from_nnunet(plans, dataset).patch_size)))
-    if policy.endswith(UNFLIPPED_POLICIES):
-        return ()
-    return (axes[:-1] or axes)[:2] if policy == "only_mirror_01" else axes
 
 
 # ------------------------------------------------------------------------------------- one fold

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import panther_jax
 from panther_jax import command
-from panther_jax.plans import Labels, Plans, PlansError, read_json, resolve_configuration
+from panther_jax.plans import Labels, Plans, PlansError, read_object, resolve_configuration
 
 if TYPE_CHECKING:  # JAX and torch load when there is something to convert: --help must be quick
     from panther_jax.checkpoint import ModelBundle
@@ -90,7 +90,7 @@ def read_model_folder(
     checkpoints = find_folds(folder, folds, checkpoint_name)
     named = {}
     for name in ("plans.json", "dataset.json"):
-        named[name] = read_json(folder / name) if (folder / name).is_file() else None
+        named[name] = read_object(folder / name) if (folder / name).is_file() else None
     return _convert(
         checkpoints,
         plans=named["plans.json"],
@@ -116,8 +116,8 @@ def read_single(
     """
     return _convert(
         {"": checkpoint},
-        plans=None if plans is None else read_json(plans),
-        dataset=None if dataset is None else read_json(dataset),
+        plans=None if plans is None else read_object(plans),
+        dataset=None if dataset is None else read_object(dataset),
         configuration=configuration,
         stem=stem,
         source=checkpoint,
