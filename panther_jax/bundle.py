@@ -118,8 +118,14 @@ def _scores(folder: Path) -> Mapping[str, Any] | None:
     path = folder / "summary.json"
     if not path.is_file():
         return None
-    mean = read_object(path)["mean"]
-    return {key: {"Dice": entry["Dice"]} for key, entry in mean.items()}
+    try:
+        mean = read_object(path)["mean"]
+        return {key: {"Dice": entry["Dice"]} for key, entry in mean.items()}
+    except (KeyError, TypeError, AttributeError):
+        raise BundleError(
+            f"{path} holds no mean Dice\n  Delete it and run panther_jax.train again, which "
+            "validates the fold anew."
+        ) from None
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -387,18 +387,27 @@ def load_bundle(folder: Path) -> ModelBundle:
     dataset = read_object(folder / "dataset.json")
     plans = Plans.from_nnunet(read_object(folder / "plans.json"), dataset)
     provenance = read_object(folder / "provenance.json")
+    checksums = provenance.get("sha256", {})
+    if not isinstance(checksums, dict):
+        raise CheckpointError(
+            f"{folder / 'provenance.json'}: 'sha256' must map file names to checksums, found "
+            f"{type(checksums).__name__}\n  Copy the bundle again."
+        )
     params: dict[str, Params] = {}
     absent: dict[str, None] = {}
     for path in sorted(folder.glob("*.safetensors")):
-        expected = provenance.get("sha256", {}).get(path.name)
+        expected = checksums.get(path.name)
         if expected and _sha256(path) != expected:
             raise CheckpointError(
-                f"{path} is damaged: its SHA-256 is not the one of provenance.json"
+                f"{path} is damaged: its SHA-256 is not the one of provenance.json\n"
+                "  Copy the bundle again, or make it anew."
             )
         try:
             tree = _unflatten(load_file(path))
         except (SafetensorError, ValueError) as error:
-            raise CheckpointError(f"{path} is not a safetensors file: {error}") from None
+            raise CheckpointError(
+                f"{path} is not a safetensors file: {error}\n  Copy the bundle again."
+            ) from None
         absent |= dict.fromkeys(_absent_parts(path, tree, plans))
         params[_fold_name(path.name)] = tree
     if not params:

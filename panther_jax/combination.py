@@ -441,9 +441,8 @@ def _weights(
         wrong = sorted(set(given) - set(found)), sorted(set(found) - set(given))
         if wrong[0] or wrong[1]:
             raise EnsembleError(
-                f"member {member.name!r}: class_weights has no weight for {wrong[1]}"
-                if wrong[1]
-                else f"member {member.name!r}: class_weights names {wrong[0]}, which it lacks"
+                f"member {member.name!r}: class_weights must have a weight for each of "
+                f"{sorted(found)}, found {sorted(given)}"
             )
         return tuple(given.get(name, 0.0) for name in classes)
     # spec 05 §10.4: what such a member calls background holds the classes that it lacks

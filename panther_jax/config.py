@@ -449,17 +449,29 @@ def load_config(spec: str) -> tuple[TrainConfig, ConfigSource]:
     module = importlib.util.module_from_spec(module_spec)
     try:
         module_spec.loader.exec_module(module)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise ConfigError(
-            f"config {path} cannot be read: {type(error).__name__}: {error}"
+            f"config {path} cannot be read: {type(error).__name__}: {error}; correct the file"
         ) from error
     get_config = getattr(module, "get_config", None)
     if not callable(get_config):
-        raise ConfigError(f"config {path} defines no function get_config()")
+        raise ConfigError(
+            f"config {path} defines no function get_config(); expected one that returns a "
+            "TrainConfig"
+        )
     takes_argument = bool(inspect.signature(get_config).parameters)
     if argument and not takes_argument:
-        raise ConfigError(f"config {path.name} takes no argument, found {argument!r}")
-    config = get_config(argument) if takes_argument else get_config()
+        raise ConfigError(
+            f"config {path.name} takes no argument, found {argument!r}; leave it out"
+        )
+    try:
+        config = get_config(argument) if takes_argument else get_config()
+    except ConfigError:
+        raise
+    except (Exception, SystemExit) as error:
+        raise ConfigError(
+            f"config {path}: get_config() failed: {type(error).__name__}: {error}; correct the file"
+        ) from error
     if not isinstance(config, TrainConfig):
         raise ConfigError(
             f"config {path}: get_config() returned {type(config).__name__}, expected TrainConfig"

@@ -198,11 +198,16 @@ def _summary_references(validation: Path) -> dict[str, Path]:
     path = validation / SUMMARY
     if not path.is_file():
         return {}
-    entries = read_object(path).get("metric_per_case", [])
     found = {}
-    for entry in entries:
-        name = Path(entry["prediction_file"]).name
-        found[name.removesuffix(file_ending(name))] = _located(entry["reference_file"], validation)
+    try:
+        for entry in read_object(path).get("metric_per_case", []):
+            name, reference = Path(entry["prediction_file"]).name, entry["reference_file"]
+            found[name.removesuffix(file_ending(name))] = _located(reference, validation)
+    except (KeyError, TypeError):
+        raise CrossValidationError(
+            f"{path}: 'metric_per_case' must name the prediction_file and reference_file of each "
+            "case\n  Delete the file and validate the fold again."
+        ) from None
     return found
 
 
@@ -246,6 +251,10 @@ def training_cases(fold: Fold, splits: Path | None = None) -> frozenset[str]:
     recorded = fold.folder / RUN
     if recorded.is_file():
         names = read_object(recorded).get("training_cases")
+        if names is not None and not isinstance(names, list):
+            raise CrossValidationError(
+                f"{recorded}: 'training_cases' is {names!r}; expected a list of case ids"
+            )
         if names is not None:
             return frozenset(names)
     if splits is None:

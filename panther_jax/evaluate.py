@@ -32,6 +32,7 @@ __all__ = ["Evaluation", "Scoring", "evaluate", "evaluate_runs", "main"]
 LOGGER = logging.getLogger("panther_jax")
 COMPARISON_FORMAT = "panther_jax.comparison/1"
 PRESETS = ("default", "organisers", "fork_a", "fork_b")
+COMPARED_KEYS = ("name", "preset", "spacing_order", "label", "per_subject", "failed")
 MM3_IN_ML = 1000.0
 HEADER = ("Dice", "surface Dice", "HD95 mm", "MASD mm")
 EXAMPLE = "python -m panther_jax.evaluate --predictions out --references raw/labelsTr"
@@ -340,6 +341,12 @@ def _read_evaluation(path: Path) -> dict[str, Any]:
         raise EvaluationError(
             f"{path} was not written by panther_jax.evaluate --output\n  Name a run, a folder of "
             "label maps, or such a file."
+        )
+    missing = [key for key in COMPARED_KEYS if key not in value]
+    if missing or not isinstance(value["per_subject"], list):
+        raise EvaluationError(
+            f"{path} lacks {', '.join(missing) or 'a list of cases'}\n  Write it again with "
+            "panther_jax.evaluate --output."
         )
     return dict(value)
 

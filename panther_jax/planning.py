@@ -7,6 +7,7 @@
 import argparse
 import json
 import logging
+import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ from panther_jax.cropping import crop_to_nonzero
 from panther_jax.imageio import Case, DatasetError, RawCase, RawDataset, open_raw, read_case
 from panther_jax.log import write_text
 from panther_jax.plans import (
+    NORMALIZATIONS,
     ArchSpec,
     IntensityProperties,
     Labels,
@@ -406,11 +408,28 @@ def _options(arguments: argparse.Namespace) -> PlanOptions:
     )
 
 
+def _check(options: PlanOptions, out: Path) -> None:
+    planner.find_planner(options.planner_name)
+    memory, spacing = options.gpu_memory_gb, options.target_spacing
+    if memory is not None and not 0 < memory < math.inf:
+        raise command.UsageError(f"--gpu-memory-gb must be positive, found {memory}")
+    if spacing is not None and not all(0 < s < math.inf for s in spacing):
+        raise command.UsageError(f"--target-spacing must be positive, found {spacing}")
+    unknown = sorted({*(options.panther_normalization or ())} - {*NORMALIZATIONS})
+    if unknown:
+        raise command.UsageError(
+            f"--panther-normalization {' '.join(unknown)} is not known; expected "
+            f"{', '.join(NORMALIZATIONS)}"
+        )
+    if out.exists() and not out.is_dir():
+        raise PlansError(f"{out} is a file; name a folder with --out")
+
+
 def _run(arguments: argparse.Namespace) -> str:
     if arguments.workers < 0:
         raise command.UsageError(f"--workers must not be negative, found {arguments.workers}")
     raw, out, options = open_raw(arguments.raw), arguments.out, _options(arguments)
-    planner.find_planner(options.planner_name)  # a wrong name stops before an hour of measuring
+    _check(options, out)  # before an hour of measuring
     if arguments.from_plans is not None:
         plans = panther_plans.move_plans(
             read_object(arguments.from_plans),

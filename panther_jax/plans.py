@@ -21,6 +21,7 @@ NORMALIZATION_BY_CHANNEL = {
     "rescale_to_0_1": "RescaleTo01Normalization",
     "rgb_to_0_1": "RGBTo01Normalization",
 }
+NORMALIZATIONS = (*NORMALIZATION_BY_CHANNEL.values(), "ZScoreNormalization")
 
 
 # ------------------------------------------------------------------------------------ geometry

@@ -380,6 +380,8 @@ def _parser() -> argparse.ArgumentParser:
         help="reference: float16 sums as nnU-Net (default: float32)")  # fmt: skip
     add("--accumulate-on", choices=("auto", "device", "host"), default="auto",
         help="where the tiles add up (default: auto)")  # fmt: skip
+    whole_help = "one tile of the image's size, split over the devices; not what training saw"
+    add("--whole-volume", action="store_true", help=whole_help)
     add("--tile-batch", type=int, metavar="N", help="tiles in one call of the network")
     add("--save-probabilities", action="store_true", help="also .npz, .pkl (for nnU-Net), .json")
     add("--overwrite", action="store_true", help="predict again what is there")
@@ -421,6 +423,7 @@ def _run(arguments: argparse.Namespace) -> str:
         accumulate=arguments.accumulate,
         accumulate_on=arguments.accumulate_on,
         tile_batch=arguments.tile_batch,
+        whole_volume=arguments.whole_volume,
     )
     report = predict_folder(
         predictor,

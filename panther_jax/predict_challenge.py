@@ -7,6 +7,7 @@ input folder, one mask of the tumour in ``images/pancreatic-tumor-segmentation``
 import argparse
 import dataclasses
 import logging
+import math
 import os
 import sys
 import time
@@ -319,9 +320,9 @@ def _check(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> No
     step, limit = arguments.step_size, arguments.time_limit
     if step is not None and not 0 < step <= 1:
         parser.error(f"--step-size must be in (0, 1], found {step}")
-    if limit is not None and limit <= 0:
+    if limit is not None and not limit > 0:
         parser.error(f"--time-limit must be positive, found {limit}")
-    if arguments.roi_margin < 0:
+    if not 0 <= arguments.roi_margin < math.inf:
         parser.error(f"--roi-margin must not be negative, found {arguments.roi_margin}")
     if arguments.component_filter == OF_ROI_FIRST and arguments.roi_first is None:
         parser.error("--component-filter needs a MODEL that finds the pancreas, or --roi-first")

@@ -17,6 +17,7 @@ from jaxtyping import Float
 
 from panther_jax import export, strategies
 from panther_jax.combination import decide
+from panther_jax.devices import AXES, replicate, split_patches
 from panther_jax.inference import Place, default_tile_batch, host_bytes, make_predictor
 from panther_jax.members import PREPROCESSING, Ensemble, Model
 from panther_jax.model import Execution, Net, apply
@@ -40,7 +41,9 @@ class Settings:
     """How to compute, as opposed to what: results differ by rounding only.
 
     ``dtype`` is that of the convolutions; "auto" is float32 on CPU, bfloat16 on accelerators.
-    ``accumulate`` "reference" adds tiles and folds up in float16 as nnU-Net does.
+    ``accumulate`` "reference" adds tiles and folds up in float16 as nnU-Net does. Only
+    ``whole_volume`` changes what is computed: one tile of the image's size, split over the devices;
+    normalisation then sees the whole image, as it did not in training.
     """
 
     strategy: Literal["auto", "vmap", "scan", "loop", "shard"] = "auto"
@@ -48,6 +51,7 @@ class Settings:
     accumulate: Literal["float32", "reference"] = "float32"
     accumulate_on: Place = "auto"
     tile_batch: int | None = None
+    whole_volume: bool = False
 
 
 @dataclass(frozen=True)
@@ -82,7 +86,7 @@ class CasePredictor:
     ensemble: Ensemble
     settings: Settings = Settings()
     _forwards: dict[Any, Any] = field(default_factory=dict, repr=False, compare=False)
-    _arranged: dict[int, Any] = field(default_factory=dict, repr=False, compare=False)
+    _arranged: dict[Any, Any] = field(default_factory=dict, repr=False, compare=False)
 
     @property
     def labels(self) -> Labels:
@@ -153,20 +157,34 @@ class CasePredictor:
 
     def _member(self, index: int, image: np.ndarray) -> tuple[Any, Any]:
         """The compiled predictor of a member and its parameters, arranged by the strategy."""
-        if index not in self._arranged:
-            self._arranged[index] = self._arrange(index, image)
-        return self._arranged[index]
+        tile = self._tile(index, image)
+        if (index, tile) not in self._arranged:
+            self._arranged[index, tile] = self._arrange(index, image, tile)
+        return self._arranged[index, tile]
 
-    def _arrange(self, index: int, image: np.ndarray) -> tuple[Any, Any]:
+    def _tile(self, index: int, image: np.ndarray) -> tuple[int, ...]:
+        """The patch of the plans, or the image rounded up to what the network and devices share."""
+        plans = self.ensemble.members[index].model.plans
+        if not self.settings.whole_volume:
+            return plans.patch_size
+        size = image.shape[-len(plans.patch_size) :]
+        units = [math.prod(s[a] for s in plans.arch.strides) for a in range(len(size))]
+        units[0] *= jax.local_device_count()
+        return tuple(-(-n // unit) * unit for n, unit in zip(size, units, strict=True))
+
+    def _arrange(self, index: int, image: np.ndarray, tile: tuple[int, ...]) -> tuple[Any, Any]:
         member, settings = self.ensemble.members[index], self.settings
         model, plans = member.model, member.model.plans
         num_tiles = self._num_tiles(index, image) // len(model.folds)
-        batch = settings.tile_batch or default_tile_batch(plans.patch_size)
+        batch = settings.tile_batch or default_tile_batch(tile)
+        if settings.whole_volume:
+            forward, params = self._split_forward(model)
+            return self._make(index, tile, 1, forward), params
         reference = settings.accumulate == "reference"
         arranged = strategies.arrange(
             self._forward(plans),
             model.params,
-            tile_shape=(batch, *plans.patch_size, model.num_channels),
+            tile_shape=(batch, *tile, model.num_channels),
             # spec 05 §6: the reference rounds each fold's logits on their own
             strategy="loop" if reference else settings.strategy,
             num_tiles=num_tiles * 2 ** len(member.mirror_axes),
@@ -174,17 +192,32 @@ class CasePredictor:
         )
         if len(model.folds) > 1:
             LOGGER.info("%s: %d folds, %s", model.name, len(model.folds), arranged.why)
-        predict = make_predictor(
-            arranged.forward,
-            tile=plans.patch_size,
-            num_outputs=plans.arch.num_outputs,
+        return self._make(index, tile, batch, arranged.forward), arranged.parameter_sets
+
+    def _make(self, index: int, tile: tuple[int, ...], batch: int, forward: Any) -> Any:
+        member, settings = self.ensemble.members[index], self.settings
+        return make_predictor(
+            forward,
+            tile=tile,
+            num_outputs=member.model.plans.arch.num_outputs,
             mirror_axes=member.mirror_axes,
             step_size=member.step_size,
             accumulate=settings.accumulate,
             accumulate_on=settings.accumulate_on,
             tile_batch=batch,
         )
-        return predict, arranged.parameter_sets
+
+    def _split_forward(self, model: Model) -> tuple[Any, tuple[Any, ...]]:
+        """The network on one tile split over all devices, and the folds' parameters on each."""
+        found = np.array(jax.local_devices()).reshape(1, -1)
+        mesh = jax.sharding.Mesh(found, AXES, axis_types=(jax.sharding.AxisType.Auto,) * 2)
+        net = Net(model.plans.arch, Execution.auto(self.settings.dtype, space=found.size))
+        split = split_patches(mesh)
+
+        def forward(params: Any, tiles: jax.Array) -> jax.Array:
+            return apply(net, params, split(tiles), full_only=True)[0]
+
+        return forward, tuple(replicate(params, mesh) for params in model.params)
 
     def _forward(self, plans: Plans) -> Any:
         """The network as a function; one for each architecture, so that it compiles once."""
@@ -195,7 +228,7 @@ class CasePredictor:
 
     def _num_tiles(self, index: int, image: np.ndarray) -> int:
         member = self.ensemble.members[index]
-        tile = member.model.plans.patch_size
+        tile = self._tile(index, image)
         size = padded_size(image.shape[1:], tile)
         starts = tile_starts(size[3 - len(tile) :], tile, member.step_size)
         slices = size[0] if len(tile) == 2 else 1

@@ -6,6 +6,7 @@ top are what prediction uses; below them is the command that fills a store, case
 
 import argparse
 import logging
+import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ from panther_jax.imageio import Case, RawCase, RawDataset, open_raw, read_case
 from panther_jax.label_resampling import resample_label
 from panther_jax.planning import fingerprint_if_needed, plans_from_config
 from panther_jax.plans import (
+    NORMALIZATIONS,
     Geometry,
     IntensityProperties,
     Labels,
@@ -39,6 +41,7 @@ NORM_EPSILON = 1e-8
 LOCATIONS_SEED = 1234
 MAX_LOCATIONS = 10_000
 MIN_COVERAGE = 0.01
+MAX_VOXELS = 1 << 34  # 64 GiB a channel: no scan, but a spacing that is not in mm
 
 logger = logging.getLogger("panther_jax")
 
@@ -229,10 +232,10 @@ def _prepare(
     # spec 02 §4.1: slices of a 2-D configuration keep their distance
     wanted = plans.spacing if len(plans.spacing) == 3 else (spacing[0], *plans.spacing)
     new_shape = target_shape(properties.shape_before_resampling, spacing, wanted)
-    if 0 in new_shape:
+    if 0 in new_shape or math.prod(new_shape) > MAX_VOXELS:
         raise ValueError(
             f"{properties.shape_before_resampling} voxels of {spacing} mm would become {new_shape} "
-            f"at {wanted} mm; check the spacing in the image's header"
+            f"at {wanted} mm; check the spacing in the image's header, and that of the plans"
         )
     resampling = {"new_shape": new_shape, "spacing": spacing, "new_spacing": wanted}
     return _Prepared(cropped, label, properties, resampling)
@@ -281,7 +284,7 @@ def preprocess(
         PreprocessError: listing every broken case, after all others are done.
         WorkerError, StoreWriteError: at once, if a worker fails or the disk is full.
     """
-    _check_statistics(plans)
+    _check_plans(plans)
     store_files.prepare_store(out, plans, raw.dataset, fingerprint=fingerprint)
     store_files.write_splits(raw.folder, out, [case.id for case in raw.cases])
     tasks = [
@@ -303,6 +306,24 @@ def preprocess(
             progress(case_id, num_done, num_cases)
     if broken:
         raise PreprocessError(_all_broken(sorted(broken), num_cases))
+
+
+def _check_plans(plans: Plans) -> None:
+    """Find what would fail at every case, before the store is made."""
+    schemes, num_channels = plans.normalization, plans.arch.in_channels
+    unknown = sorted(set(schemes) - set(NORMALIZATIONS))
+    if unknown:
+        raise PreprocessError(
+            f"plans: normalization {', '.join(unknown)} is not known; expected one of "
+            f"{', '.join(NORMALIZATIONS)}"
+        )
+    if not len(schemes) == len(plans.use_mask_for_norm) == num_channels:
+        raise PreprocessError(
+            f"plans: normalization_schemes {list(schemes)} and use_mask_for_norm "
+            f"{list(plans.use_mask_for_norm)} must have an entry for each of {num_channels} "
+            "channel(s) of the dataset"
+        )
+    _check_statistics(plans)
 
 
 def _check_statistics(plans: Plans) -> None:

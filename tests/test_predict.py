@@ -10,7 +10,7 @@ import pytest
 import weight_files as made
 from test_members import write_bundle
 
-from panther_jax import cases, imageio, predict, prediction
+from panther_jax import cases, imageio, predict, prediction, tiles
 from panther_jax.combination import (
     Decision,
     EnsembleSpec,
@@ -18,6 +18,7 @@ from panther_jax.combination import (
     equal_weights,
     write_ensemble,
 )
+from panther_jax.model import Execution, Net, apply
 from panther_jax.nnunet_store import read_pickle
 from panther_jax.plans import Geometry, Properties
 
@@ -483,6 +484,30 @@ def test_strategies_agree(tmp_path, strategy):
     )
     np.testing.assert_allclose(found.probabilities, expected.probabilities, atol=1e-5)  # issue
     assert calls[-1][0] == calls[-1][1] > 0
+
+
+def test_a_whole_volume_is_one_tile_split_over_the_devices(bundle, monkeypatch):
+    image, geometry = scan_in_memory()
+    whole = predict.load(bundle, folds=["0"], whole_volume=True)
+    case = whole.prepare(image, geometry)
+    found = np.asarray(whole.infer(case)[0])
+    ((index, tile),) = whole._arranged
+    strides = np.prod(whole.ensemble.members[0].model.plans.arch.strides, axis=0)
+    assert jax.local_device_count() == 8 and index == 0
+    assert tile[0] % (8 * strides[0]) == 0
+    assert all(n >= m for n, m in zip(tile, case.images[0].shape[1:], strict=True))
+
+    # the same network on the padded image, on one device
+    model = whole.ensemble.members[0].model
+    padded, inner = tiles.pad_to_tile(case.images[0], tile)
+    net = Net(model.plans.arch, Execution())
+    logits = jax.jit(lambda p, x: apply(net, p, x, full_only=True)[0])(
+        model.params[0], np.moveaxis(padded, 0, -1)[None]
+    )
+    expected = np.moveaxis(np.asarray(logits)[0], -1, 0)[(slice(None), *inner)]
+    np.testing.assert_allclose(found, expected, atol=1e-5 * np.abs(expected).max())
+    label = whole.predict(image, geometry).label
+    assert label.shape == image.shape[1:]
 
 
 def test_accumulation_on_the_device_gives_the_same(bundle):
