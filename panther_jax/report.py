@@ -12,12 +12,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from panther_jax import command, page, records, sections
+from panther_jax import command
 from panther_jax.command import UsageError
-from panther_jax.comparison import comparison_page
 from panther_jax.log import duration, write_text
-from panther_jax.page import Card, Page, Section
-from panther_jax.records import CHECKPOINTS, CaseRecord, RunRecord, number
+from panther_jax.reporting import page, records, sections
+from panther_jax.reporting.comparison import comparison_page
+from panther_jax.reporting.page import Card, Page, Section
+from panther_jax.reporting.records import CHECKPOINTS, CaseRecord, RunRecord, number
 
 LOGGER = logging.getLogger("panther_jax")
 EXAMPLE = "python -m panther_jax.report --run data/runs/mri_t2_demo"

@@ -37,8 +37,9 @@ LEVELS = (
     ),
     ("members", "cases", "prediction"),
     ("steps", "validation", "runs", "cascade"),
-    ("statistics", "crossval", "scoring", "charts", "selection", "records", "page", "overlays"),
-    ("sections", "comparison"),
+    ("statistics", "crossval", "scoring", "selection"),
+    ("reporting.charts", "reporting.page", "reporting.records", "reporting.overlays"),
+    ("reporting.sections", "reporting.comparison"),
     ("train", "predict", "evaluate", "report", "ensemble"),
     ("stages", "predict_challenge"),
 )
@@ -49,9 +50,8 @@ JAX_FREE = (
     "metrics", "store", "nnunet_store", "workers", "cropping", "preprocess", "planner",
     "panther_plans", "planning", "completeness", "converters", "phantom", "datasets",
     "resampling", "label_resampling", "runs", "combination", "postprocess", "statistics",
-    "crossval", "scoring", "charts", "selection", "records", "page", "overlays", "sections",
-    "comparison", "recipe", "cascade", "stages", "roi", "tiles", "export", "cases", "predict",
-    "evaluate", "report",
+    "crossval", "scoring", "selection", "recipe", "cascade", "stages", "roi", "tiles", "export",
+    "cases", "predict", "evaluate", "report",
 )  # fmt: skip
 FLAX_FREE = ("batches", "inference", "losses", "optim", "augment.policies")
 LAZY = {"SimpleITK", "grain", "tyro", "matplotlib", "skimage", "orbax", "safetensors", "rich"}

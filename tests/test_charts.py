@@ -10,10 +10,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from panther_jax import charts, pictures
-from panther_jax.charts import Axis, Curve, Dots
+from panther_jax import pictures
 from panther_jax.pictures import Mask
 from panther_jax.plans import Geometry
+from panther_jax.reporting import charts
+from panther_jax.reporting.charts import Axis, Curve, Dots
 
 EYE = (1.0, 0.0, 0.0, 0.0, 1.0, 0.0, 0.0, 0.0, 1.0)
 

@@ -11,7 +11,8 @@ import pytest
 import report_runs as made
 from headless import CHROMIUM, browser
 
-from panther_jax import comparison, overlays, records, report, statistics
+from panther_jax import report, statistics
+from panther_jax.reporting import comparison, overlays, records
 
 CASES = {"case_a": 5.0, "case_b": 4.0, "case_c": 6.0, "case_d": 0.0, "case_e": 5.0, "case_f": 3.0}
 FOLDS = {

@@ -9,12 +9,13 @@ from typing import Any
 import numpy as np
 
 import panther_jax
-from panther_jax import charts, overlays, statistics
-from panther_jax.charts import Axis, Curve, Dots
+from panther_jax import statistics
 from panther_jax.metrics import PANTHER_METRICS, scored_label
-from panther_jax.overlays import CaseViews
-from panther_jax.page import CaseFigure, Figure, LegendEntry, Row, Section, Table, flat
-from panther_jax.records import (
+from panther_jax.reporting import charts, overlays
+from panther_jax.reporting.charts import Axis, Curve, Dots
+from panther_jax.reporting.overlays import CaseViews
+from panther_jax.reporting.page import CaseFigure, Figure, LegendEntry, Row, Section, Table, flat
+from panther_jax.reporting.records import (
     SEVERITY,
     CaseRecord,
     FoldRecord,

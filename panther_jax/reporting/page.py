@@ -103,7 +103,7 @@ def render(page: Page) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    source = (resources.files("panther_jax") / TEMPLATE).read_text(encoding="utf-8")
+    source = (resources.files("panther_jax.reporting") / TEMPLATE).read_text(encoding="utf-8")
     text = environment.from_string(source).render(page=page, generator=GENERATOR)
     # lone surrogates, from JSON escapes or undecodable file names, cannot be written as UTF-8
     return text.encode("utf-8", "replace").decode("utf-8")

@@ -17,7 +17,7 @@ from panther_jax import imageio, pictures
 from panther_jax.metrics import scored_label
 from panther_jax.pictures import Mask, View
 from panther_jax.plans import Geometry, LabelValue, Properties, read_json
-from panther_jax.records import CaseRecord, RunRecord
+from panther_jax.reporting.records import CaseRecord, RunRecord
 from panther_jax.store import REFERENCES
 
 CT_WINDOW = (-160.0, 240.0)  # Hounsfield units, soft tissue of the abdomen

@@ -5,11 +5,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from panther_jax import config, overlays, records, sections, statistics
-from panther_jax.charts import Axis, Dots, scatter_chart
-from panther_jax.page import Card, CaseFigure, Figure, Page, Row, Section, Table
-from panther_jax.records import CaseRecord, RunRecord
-from panther_jax.sections import MM3_PER_ML, interval_text, text
+from panther_jax import config, statistics
+from panther_jax.reporting import overlays, records, sections
+from panther_jax.reporting.charts import Axis, Dots, scatter_chart
+from panther_jax.reporting.page import Card, CaseFigure, Figure, Page, Row, Section, Table
+from panther_jax.reporting.records import CaseRecord, RunRecord
+from panther_jax.reporting.sections import MM3_PER_ML, interval_text, text
 
 SAME_VOLUME = 1e-3
 """Largest relative difference of a case's reference volume between runs."""
