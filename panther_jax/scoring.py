@@ -213,9 +213,8 @@ class Evaluation:
     @property
     def folds(self) -> dict[str, dict[str, Any]]:
         """Aggregates by fold; empty if the cases are not of folds."""
-        names = dict.fromkeys(s.files.fold for s in self.scores if s.files.fold is not None)
         found = {}
-        for name in names:
+        for name in sorted({s.files.fold for s in self.scores if s.files.fold is not None}):
             group = [s for s in self.scores if s.files.fold == name]
             cases = [s.fold_panther for s in group]
             found[name] = {
