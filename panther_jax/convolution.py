@@ -27,6 +27,11 @@ Backend = Literal["xla", "dshift2d"]
 # compile time grows with their number (spec 08a §A.3), and loops cost dshift2d's gradient (§A.2).
 MAX_UNROLLED = 8
 
+# The kernel's gradient of large planes is summed over chunks of voxels that stay in the cache, in
+# two loops that run side by side (benchmarks/LOG.md); of small planes XLA's own is as fast.
+CHUNKED_PLANE = 1024
+CHUNK, CHUNK_LOOPS = 512, 2
+
 
 def default_backend(space: int = 1) -> Backend:
     """``dshift2d`` on a CPU unless ``space`` devices share a patch; ``xla`` everywhere else."""
@@ -192,10 +197,62 @@ def _input_grad(problem: _Problem, grad: Array, kernel: Array) -> Array:
 
 
 def _kernel_grad(problem: _Problem, x: Array, grad: Array) -> Array:
+    large = math.prod(problem.space_in[1:]) >= CHUNKED_PLANE
+    if problem.shifts_depth and problem.keeps_size and large:
+        return _kernel_grad_in_chunks(problem.kernel_size, x, grad)
     shape = (*problem.kernel_size, x.shape[-1], grad.shape[-1])
     zeros = _varying(jnp.zeros(shape, grad.dtype), _varying_axes(grad))
     formulation = _sum_of_planes if problem.shifts_depth else _direct
     return jax.vjp(lambda kernel: formulation(x, kernel, problem.stride), zeros)[1](grad)[0]
+
+
+def _kernel_grad_in_chunks(size: tuple[int, ...], x: Array, grad: Array) -> Array:
+    """Products of shifted inputs and gradients, chunk after chunk of the voxels in a row.
+
+    With zeros at the end of every axis, which serve the next row as its start too, a tap of the
+    kernel is a shift along the one row of all voxels.
+    """
+    cin, cout = x.shape[-1], grad.shape[-1]
+    ends = tuple((k - 1) // 2 for k in size)
+    padded = [n + end for n, end in zip(x.shape[1:-1], ends, strict=True)]
+    row, plane = padded[2], padded[1] * padded[2]
+    reach, depth_reach = ends[1] * row + ends[2], ends[0] * plane
+    voxels = x.shape[0] * padded[0] * plane
+    steps = -(-voxels // (CHUNK * CHUNK_LOOPS))
+    rest = steps * CHUNK * CHUNK_LOOPS - voxels
+
+    def in_a_row(array: Array, around: int) -> Array:
+        array = jnp.pad(array, [(0, 0), *((0, end) for end in ends), (0, 0)])
+        return jnp.pad(array.reshape(voxels, -1), [(around, around + rest), (0, 0)])
+
+    inputs, grads = in_a_row(x, reach), in_a_row(grad, depth_reach)
+    shifts = [a * row + b for a in range(size[1]) for b in range(size[2])]
+
+    def one_chunk(start: Array) -> Array:
+        back = [
+            lax.dynamic_slice(grads, (start + 2 * depth_reach - t * plane, 0), (CHUNK, cout))
+            for t in range(size[0])
+        ]
+        side_by_side = jnp.concatenate(back, -1)
+        taps = [lax.dynamic_slice(inputs, (start + s, 0), (CHUNK, cin)) for s in shifts]
+        return jnp.stack([_summed_products(tap, side_by_side) for tap in taps])
+
+    def one_loop(number: int) -> Array:
+        total = jnp.zeros((len(shifts), cin, size[0] * cout), jnp.float32)
+        total = _varying(total, _varying_axes(grad) | _varying_axes(x))
+        first = number * steps
+        return lax.fori_loop(0, steps, lambda i, t: t + one_chunk((first + i) * CHUNK), total)
+
+    total = one_loop(0)
+    for number in range(1, CHUNK_LOOPS):
+        total = total + one_loop(number)
+    total = total.reshape(size[1], size[2], cin, size[0], cout)
+    return jnp.moveaxis(total, 3, 0).astype(grad.dtype)
+
+
+def _summed_products(a: Array, b: Array) -> Array:
+    """Sum over rows of their outer products, float32."""
+    return lax.dot_general(a, b, (((0,), (0,)), ((), ())), preferred_element_type=jnp.float32)
 
 
 def _direct(x: Array, kernel: Array, stride: tuple[int, ...]) -> Array:
