@@ -1,5 +1,6 @@
 """The network: parity with the reference's outputs and training steps, rules of initialisation."""
 
+import functools
 import json
 import math
 
@@ -15,6 +16,8 @@ from panther_jax.augment import targets
 from panther_jax.config import LossConfig, OptimConfig
 from panther_jax.plans import ArchSpec, Labels, Plans, PlansError
 
+# Compiles in a fraction of the time; what is compared is arithmetic, not speed.
+quick_jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 EXACT = [
     model.Execution("xla", exact_stats=True),
     model.Execution("xla"),
@@ -58,7 +61,7 @@ def test_logits_of_every_golden_network(golden):
         params = jax.tree.map(jnp.asarray, canonical_params(state))
         for execution in EXACT:
             net = model.build(arch, execution)
-            outputs = jax.jit(lambda p, x, net=net: model.apply(net, p, x))(
+            outputs = quick_jit(lambda p, x, net=net: model.apply(net, p, x))(
                 params, channels_last(io["input"])
             )
             expected = [io[f"logits_{i}"] for i in range(len(outputs))]
@@ -193,7 +196,7 @@ def test_formulations_agree_forward_and_backward(arch):
             outputs = model.apply(net, params, x)
             return sum(jnp.sum(jnp.square(o)) for o in outputs) / 100, outputs
 
-        return jax.jit(jax.value_and_grad(objective, has_aux=True))(params)
+        return quick_jit(jax.value_and_grad(objective, has_aux=True))(params)
 
     (_, wanted), wanted_grads = value_and_grad(EXACT[0])
     largest = max(float(jnp.abs(g).max()) for g in jax.tree.leaves(wanted_grads))
@@ -235,7 +238,7 @@ def test_bfloat16_stays_close_and_keeps_float32_logits_and_gradients():
     arch = residual()
     params = model.init_params(arch, jax.random.key(0))
     x = jax.random.normal(jax.random.key(1), (1, 8, 8, 8, 1))
-    exact = jax.jit(lambda p: model.apply(model.build(arch), p, x))(params)
+    exact = quick_jit(lambda p: model.apply(model.build(arch), p, x))(params)
     net = model.build(arch, model.Execution("xla", "bfloat16"))
 
     @jax.jit
@@ -244,7 +247,7 @@ def test_bfloat16_stays_close_and_keeps_float32_logits_and_gradients():
         return outputs, pullback(outputs)[0]
 
     outputs, grads = forward_and_back(params)
-    alone = jax.jit(lambda p: model.apply(net, p, x, full_only=True))(params)
+    alone = quick_jit(lambda p: model.apply(net, p, x, full_only=True))(params)
     assert len(alone) == 1
     np.testing.assert_allclose(alone[0], outputs[0], atol=1e-2 * float(jnp.abs(exact[0]).max()))
     assert all(o.dtype == jnp.float32 for o in outputs)
