@@ -5,6 +5,7 @@ time for a block of samples, deep-supervision targets included, so other load on
 not count. With a GPU, also the time of a batch of two 192^3 patches, alone and inside the step.
 """
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -18,7 +19,7 @@ from typing import Any
 
 from benchmarks import harness
 
-ROUNDS = 8
+ROUNDS = 5
 SETTINGS = (("default", 64, 24), ("default", 96, 12), ("da5", 64, 16), ("da5", 96, 8))
 """Policy, patch edge, samples a block."""
 OUTPUT_STRIDES = tuple((2**level,) * 3 for level in range(5))
@@ -225,35 +226,15 @@ def _alone_seconds(policy: str, edge: int, calls: int) -> float:
 
 def _step_seconds(policy: str, edge: int, calls: int) -> float:
     import jax
-    import jax.numpy as jnp
 
-    from panther_jax import losses, model, optim, steps
-    from panther_jax.architecture import ArchSpec
-    from panther_jax.checkpoint import TrainState
-    from panther_jax.config import LossConfig, OptimConfig
-    from panther_jax.plans import Labels
+    from benchmarks import networks, ours
+    from panther_jax import steps
 
-    config, labels = OptimConfig(), Labels((("background", 0), ("tumor", 1), ("pancreas", 2)))
-    strides = ((1, 1, 1), *((2, 2, 2),) * 5)
-    features, blocks = (32, 64, 128, 256, 320, 320), (1, 3, 4, 6, 6, 6)
-    arch = ArchSpec(
-        "ResidualEncoderUNet", 1, 3, features, ((3, 3, 3),) * 6, strides, blocks, (1,) * 5
-    )
-    augment, image, label = _batch(policy, edge)
-    one_output = losses.make_loss(LossConfig(), labels, batch_dice=False)
-    task = steps.Task(
-        net=model.build(arch, model.Execution.auto()),
-        labels=labels,
-        loss_fn=losses.deep_supervised(one_output, losses.deep_supervision_weights(5)),
-        augment=augment,
-        optimizer=optim.make_optimizer(config, optim.make_schedule(config, 1000, 250)),
-        clip_norm=config.clip_norm,
-        deep_supervision=True,
-    )
-    params = model.init_params(arch, jax.random.key(0))
-    state = TrainState(jnp.zeros((), jnp.int32), params, task.optimizer.init(params))
+    size = networks.Size("ResEnc-L", *networks.RESENC_L, (edge,) * 3, GPU_BATCH)
+    task = ours.make_task(size, policy=policy)
+    _, image, label = _batch(policy, edge)
+    state, batch, key = ours.make_state(size, task), steps.Batch(image, label), jax.random.key(1)
     train_step = jax.jit(steps.make_train_step(task), donate_argnums=0)
-    batch, key = steps.Batch(image, label), jax.random.key(1)
     state, _ = train_step(state, batch, key)
     jax.block_until_ready(state)
     start = time.perf_counter()
@@ -267,16 +248,29 @@ def _on_device() -> dict[str, Any] | None:
     code = "import json; from benchmarks import bench_augment as b; "
     code += "print(json.dumps(b.device_times()))"
     done = subprocess.run(
-        [sys.executable, "-c", code], cwd=harness.ROOT, capture_output=True, text=True, check=False
+        [sys.executable, "-c", code],
+        cwd=harness.ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+        env=harness.environment(),
     )
     if done.returncode:
         raise RuntimeError(f"benchmark process failed:\n{done.stderr[-2000:]}")
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def run(output: Path) -> str:
-    """Measure, write ``augment.json``, return the lines to print."""
-    measured = [measure_cpu(*setting) for setting in SETTINGS]
+def run(output: Path, setting: harness.Setting = "cpu") -> str:
+    """Measure, write ``augment.json``, return the lines to print.
+
+    In the GPU setting the CPU part needs nnU-Net and is left out without it.
+    """
+    if setting == "toy":
+        raise harness.Skipped("has no toy setting")
+    settings = SETTINGS
+    if setting == "gpu" and importlib.util.find_spec("nnunetv2") is None:
+        settings = ()
+    measured = [measure_cpu(*setting) for setting in settings]
     on_device = _on_device()
     facts = {
         "setting": "1 channel, 3 labels, 5 resolutions of targets, one core, CPU time",
