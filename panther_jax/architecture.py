@@ -72,8 +72,8 @@ class ArchSpec:
                 raise PlansError(
                     f"architecture: {name} has {len(value)} entries for {n} stages, expected {n}"
                 )
-        if not 2 <= n <= MAX_STAGES:
-            raise PlansError(f"architecture: {n} stages; expected 2 to {MAX_STAGES}")
+        if not 1 <= n <= MAX_STAGES:
+            raise PlansError(f"architecture: {n} stages; expected 1 to {MAX_STAGES}")
         if len(self.decoder_convs) != n - 1:
             raise PlansError(
                 f"architecture: decoder has {len(self.decoder_convs)} entries, expected {n - 1} "
@@ -153,22 +153,9 @@ class ArchSpec:
             )
         kwargs = _options(architecture, "arch_kwargs")
         residual = name == "ResidualEncoderUNet"
-        for key in (
-            "n_stages",
-            "features_per_stage",
-            "kernel_sizes",
-            "strides",
-            "n_blocks_per_stage" if residual else "n_conv_per_stage",
-            "n_conv_per_stage_decoder",
-        ):
-            if key not in kwargs:
-                raise PlansError(
-                    f"architecture: arch_kwargs lacks {key!r}; copy the plans.json of the model"
-                )
+        blocks = "n_blocks_per_stage" if residual else "n_conv_per_stage"
+        n = _num_stages(kwargs, blocks)
         ndim = _known("conv_op", kwargs.get("conv_op"), CONV_OPS)
-        n = _number(kwargs, "n_stages", int)
-        if not 2 <= n <= MAX_STAGES:
-            raise PlansError(f"architecture: n_stages is {n}; expected 2 to {MAX_STAGES}")
         norm_kwargs = _options(kwargs, "norm_op_kwargs")
         nonlin_kwargs = _options(kwargs, "nonlin_kwargs")
         dropout_kwargs = _options(kwargs, "dropout_op_kwargs")
@@ -185,14 +172,10 @@ class ArchSpec:
             features=_per_stage(kwargs, "features_per_stage", n),
             kernel_sizes=_per_stage_axes(kwargs, "kernel_sizes", n, ndim),
             strides=_per_stage_axes(kwargs, "strides", n, ndim),
-            blocks=_per_stage(kwargs, "n_blocks_per_stage" if residual else "n_conv_per_stage", n),
+            blocks=_per_stage(kwargs, blocks, n),
             decoder_convs=_per_stage(kwargs, "n_conv_per_stage_decoder", n - 1),
             bottleneck_channels=_bottleneck(kwargs, n) if residual else None,
-            stem_channels=(
-                _number(kwargs, "stem_channels", int)
-                if residual and kwargs.get("stem_channels") is not None
-                else None
-            ),
+            stem_channels=_stem_channels(kwargs) if residual else None,
             conv_bias=bool(kwargs.get("conv_bias", False)),
             has_norm=kwargs.get("norm_op") is not None,
             norm_eps=_number({"eps": 1e-5, **norm_kwargs}, "eps", float),
@@ -252,6 +235,25 @@ class ArchSpec:
         }
 
 
+def _num_stages(kwargs: Mapping[str, Any], blocks: str) -> int:
+    """The number of stages; makes sure that the entries a stage are there."""
+    lists = ("features_per_stage", "kernel_sizes", "strides", blocks, "n_conv_per_stage_decoder")
+    for key in ("n_stages", *lists):
+        if key not in kwargs:
+            raise PlansError(
+                f"architecture: arch_kwargs lacks {key!r}; copy the plans.json of the model"
+            )
+    count = _number(kwargs, "n_stages", int)
+    if not 1 <= count <= MAX_STAGES:
+        raise PlansError(f"architecture: n_stages is {count}; expected 1 to {MAX_STAGES}")
+    return count
+
+
+def _stem_channels(kwargs: Mapping[str, Any]) -> int | None:
+    given = kwargs.get("stem_channels") is not None
+    return _number(kwargs, "stem_channels", int) if given else None
+
+
 def _known(field: str, path: Any, table: Mapping[str, Any]) -> Any:
     if not isinstance(path, str) or path not in table:
         raise PlansError(
@@ -271,9 +273,7 @@ def _number(source: Mapping[str, Any], key: str, kind: type[Any]) -> Any:
     try:
         return kind(source[key])
     except (TypeError, ValueError, OverflowError):
-        raise PlansError(
-            f"architecture: {key!r} is {source[key]!r}; expected a number"
-        ) from None
+        raise PlansError(f"architecture: {key!r} is {source[key]!r}; expected a number") from None
 
 
 def _per_stage(source: Mapping[str, Any], key: str, count: int) -> tuple[int, ...]:
@@ -303,7 +303,7 @@ def _per_stage_axes(
 def _bottleneck(kwargs: Mapping[str, Any], num_stages: int) -> tuple[int, ...] | None:
     block = str(kwargs.get("block") or "BasicBlockD").rsplit(".", 1)[-1]
     if block not in ("BasicBlockD", "BottleneckD"):
-        raise PlansError(f"architecture: block {block!r}; expected BasicBlockD or BottleneckD")
+        raise PlansError(f"architecture: block {block!r} is not BasicBlockD or BottleneckD")
     if block == "BasicBlockD":
         return None
     if kwargs.get("bottleneck_channels") is None:

@@ -5,13 +5,17 @@ or invisible. Bundles (safetensors and JSON) are models ready to start from or t
 hold no code. Starting weights follow the rules of spec 01 §5.
 """
 
+import contextlib
 import errno
 import hashlib
 import json
 import logging
 import math
 import shutil
-from collections.abc import Mapping, Sequence
+import sys
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -19,6 +23,7 @@ from typing import Any, Literal
 import jax
 import numpy as np
 
+from panther_jax.checksums import verify_checksums, write_checksums
 from panther_jax.log import write_json
 from panther_jax.model import Params, param_shapes, walk
 from panther_jax.plans import Labels, Plans, read_object
@@ -26,6 +31,7 @@ from panther_jax.plans import Labels, Plans, read_object
 LOGGER = logging.getLogger("panther_jax")
 OPTIONAL_PARTS = {"stem": "encoder/stem/", "heads": "decoder/heads/"}
 KEPT = {"latest": 2, "best": 1, "final": 1}
+SETTLE_SECONDS = 0.3  # of writers that fail beside the first
 Kind = Literal["latest", "best", "final"]
 
 
@@ -108,10 +114,8 @@ class Checkpoints:
         import orbax.checkpoint as ocp
 
         step = counters.step
-        # When the disk is full, writers that fail beside the first would each print a traceback.
-        logging.getLogger("asyncio").setLevel(logging.CRITICAL)
         try:
-            with self._manager(kind) as manager:
+            with _one_message(), self._manager(kind) as manager:
                 if step in manager.all_steps():
                     return
                 manager.save(
@@ -122,6 +126,9 @@ class Checkpoints:
                         meta=ocp.args.JsonSave(counters.to_json()),
                     ),
                 )
+            if jax.process_index() == 0:
+                # a crash just before leaves a complete checkpoint, which is read unverified
+                write_checksums(self.folder / kind / str(step))
         except Exception as error:
             self._remove_unfinished(kind)
             raise CheckpointError(_save_failure(error, self.folder / kind, step)) from error
@@ -142,6 +149,7 @@ class Checkpoints:
         steps = self.steps(kind)
         for step in reversed(steps):
             try:
+                verify_checksums(self.folder / kind / str(step))
                 return self._read(kind, step, template)
             except Exception as error:  # orbax raises many types for damaged files
                 LOGGER.warning(
@@ -194,6 +202,7 @@ class Checkpoints:
         for step in reversed(steps):
             folder = self.folder / kind / str(step)
             try:
+                verify_checksums(folder)
                 counters = Counters.from_json(_read_item_json(folder / "meta"))
                 return [_read_item(folder / item) for item in items], counters
             except Exception as error:  # orbax raises many types for damaged files
@@ -206,6 +215,26 @@ class Checkpoints:
         """Delete best checkpoints of steps after ``step``, which a resumed run makes again."""
         for late in (s for s in self.steps("best") if s > step):
             shutil.rmtree(self.folder / "best" / str(late))
+
+
+@contextlib.contextmanager
+def _one_message() -> Iterator[None]:
+    """Keep to itself what orbax's threads and tasks print when one of them fails: it is raised."""
+    loggers = [logging.getLogger(name) for name in ("absl", "asyncio")]
+    levels = [logger.level for logger in loggers]
+    hooks = sys.excepthook, sys.unraisablehook, threading.excepthook
+    for logger in loggers:
+        logger.setLevel(logging.CRITICAL + 1)
+    sys.excepthook = sys.unraisablehook = threading.excepthook = lambda *_: None
+    try:
+        yield
+    except Exception:
+        time.sleep(SETTLE_SECONDS)
+        raise
+    finally:
+        sys.excepthook, sys.unraisablehook, threading.excepthook = hooks
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
 
 
 def _read_item(folder: Any) -> Any:
@@ -404,7 +433,7 @@ def load_bundle(folder: Path) -> ModelBundle:
             )
         try:
             tree = _unflatten(load_file(path))
-        except (SafetensorError, ValueError) as error:
+        except (SafetensorError, ValueError, TypeError, AttributeError, IndexError) as error:
             raise CheckpointError(
                 f"{path} is not a safetensors file: {error}\n  Copy the bundle again."
             ) from None

@@ -348,7 +348,9 @@ def _threshold_class(labels: Labels, decision: Decision) -> tuple[int, int]:
     """Label id to write and output to look at, of the class with a threshold."""
     names = output_names(labels)
     if decision.label not in names or decision.label == BACKGROUND:
-        raise EnsembleError(f"'decision.label' is {decision.label!r}; the classes are {names}")
+        raise EnsembleError(
+            f"'decision.label' is {decision.label!r}; expected a foreground class of {names}"
+        )
     column = names.index(decision.label)
     if labels.has_regions:
         return (labels.regions_class_order or ())[column], column
@@ -441,8 +443,8 @@ def _weights(
         wrong = sorted(set(given) - set(found)), sorted(set(found) - set(given))
         if wrong[0] or wrong[1]:
             raise EnsembleError(
-                f"member {member.name!r}: class_weights must have a weight for each of "
-                f"{sorted(found)}, found {sorted(given)}"
+                f"member {member.name!r}: class_weights must name each of {sorted(found)}; there "
+                f"is no weight for {wrong[1]}, and {wrong[0]} are not its classes"
             )
         return tuple(given.get(name, 0.0) for name in classes)
     # spec 05 §10.4: what such a member calls background holds the classes that it lacks

@@ -1,6 +1,7 @@
 """What all commands share: option spelling, logging, one message a failure, exit codes."""
 
 import argparse
+import errno
 import logging
 import traceback
 from collections.abc import Callable, Sequence
@@ -74,5 +75,9 @@ def _failed(error: BaseException, code: int, debug: bool) -> int:
     text = str(error).strip()
     if isinstance(error, OSError) and error.strerror:
         text = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            text += "\n  Free some space and run the same command again: what is done is kept."
+        elif error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+            text += "\n  Choose another place, or get the right to write there."
     LOGGER.error("error: %s", text or type(error).__name__)
     return code

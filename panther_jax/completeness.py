@@ -42,6 +42,9 @@ def require_complete(reader: Any, path: Path) -> None:
         needed, found = _mha_bytes(path, voxel_bytes)
     elif name.endswith((".nii", ".nii.gz")):
         needed, found = _nifti_bytes(path)
+    elif name.endswith(".nrrd"):
+        _require_attached(path)
+        return
     elif name.endswith(".gipl"):
         needed, found = GIPL_HEADER_BYTES + voxel_bytes, path.stat().st_size
     else:
@@ -58,11 +61,22 @@ def _mha_bytes(path: Path, voxel_bytes: int) -> tuple[int, int]:
             key, _, value = line.decode("latin1").partition("=")
             fields[key.strip()] = value.strip()
         offset = file.tell()
-    if fields.get("ElementDataFile") != "LOCAL" or "HeaderSize" in fields:
+    if fields.get("ElementDataFile") != "LOCAL":
+        raise RuntimeError(f"its voxels are in another file, {fields.get('ElementDataFile')!r}")
+    if "HeaderSize" in fields:
         return 0, 0
     is_compressed = fields.get("CompressedData", "False").casefold() == "true"
     needed = int(fields.get("CompressedDataSize", 0)) if is_compressed else voxel_bytes
     return needed, path.stat().st_size - offset
+
+
+def _require_attached(path: Path) -> None:
+    """An image is one file: a header must not make us read another one."""
+    with path.open("rb") as file:
+        while line := file.readline(1 << 16).strip():
+            key, _, value = line.decode("latin1").partition(":")
+            if key.strip().casefold() in ("data file", "datafile"):
+                raise RuntimeError(f"its voxels are in another file, {value.strip()!r}")
 
 
 @dataclass(frozen=True)

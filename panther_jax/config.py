@@ -327,7 +327,10 @@ class TrainConfig:
         Raises:
             ConfigError: naming a field that is unknown or missing.
         """
-        return _from_json(TrainConfig, value, "config")
+        try:
+            return _from_json(TrainConfig, value, "config")
+        except (TypeError, AttributeError) as error:
+            raise ConfigError(f"config: a field is missing or of another type: {error}") from None
 
 
 def _from_json(kind: Any, value: Any, where: str) -> Any:
@@ -461,9 +464,7 @@ def load_config(spec: str) -> tuple[TrainConfig, ConfigSource]:
         )
     takes_argument = bool(inspect.signature(get_config).parameters)
     if argument and not takes_argument:
-        raise ConfigError(
-            f"config {path.name} takes no argument, found {argument!r}; leave it out"
-        )
+        raise ConfigError(f"config {path.name} takes no argument, found {argument!r}; leave it out")
     try:
         config = get_config(argument) if takes_argument else get_config()
     except ConfigError:

@@ -406,6 +406,8 @@ def _select(arguments: argparse.Namespace) -> str:
     if twice:
         raise SelectionError("\n".join(f"case {c!r}: {text}" for c, text in twice.items()))
     cases = common_cases(candidates, references, allow_missing=arguments.allow_missing)
+    reference_labels = crossval.read_labels(crossval.find_dataset_json([folder]))
+    _tumor(settings.label, reference_labels or candidates[0].labels)  # before hours of predicting
     complete_probabilities(candidates, cases, arguments.checkpoint, store=arguments.store)
     cache: Path = arguments.cache or output.parent
     cache.mkdir(parents=True, exist_ok=True)
@@ -415,7 +417,7 @@ def _select(arguments: argparse.Namespace) -> str:
             cases,
             references,
             settings,
-            reference_labels=crossval.read_labels(crossval.find_dataset_json([folder])),
+            reference_labels=reference_labels,
             cache=Path(temporary),
         )
     write_ensemble(output, ensemble_spec(candidates, found.final, arguments.checkpoint))

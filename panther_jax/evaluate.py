@@ -283,6 +283,11 @@ def _evaluate_one(arguments: argparse.Namespace) -> str:
 
 def _compare(arguments: argparse.Namespace) -> str:
     _require_free(arguments)
+    for path in arguments.compare:  # before the first is scored
+        if not path.exists():
+            raise FileNotFoundError(
+                f"{path} does not exist; name a run, a folder of label maps, or a JSON of --output"
+            )
     results = [_result(arguments, [path])[0] for path in arguments.compare]
     result = compare(*results, seed=arguments.seed)
     if arguments.output is not None:

@@ -229,7 +229,7 @@ def _unreadable(path: Path, error: str) -> str:
     # The last line of ITK's message says what happened; the rest names C++ sources.
     lines = [line.strip() for line in error.splitlines() if line.strip()]
     reason = lines[-1] if lines else "unknown error"
-    if "orthonormal" in error:
+    if "orthonormal" in error or "determinant" in error:
         remedy = "Its direction matrix is not a rotation: save it again with a corrected header."
     elif "spacing" in reason:
         remedy = "Spacing must be positive: fix the header, or convert the image again."

@@ -118,7 +118,7 @@ class Clock:
 
     def end_epoch(self) -> dict[str, float]:
         """Seconds and share of waiting since the last call, as entries of metrics.jsonl."""
-        used = time.monotonic() - self._epoch
+        used = max(time.monotonic() - self._epoch, 1e-9)  # a clock may stand still
         entries = {"seconds": round(used, 3), "wait_share": round(self._waited / used, 4)}
         self._epoch, self._waited = time.monotonic(), 0.0
         return entries
@@ -211,6 +211,8 @@ def write_text(path: Path, text: str) -> None:
     try:
         temporary.write_text(text, encoding="utf-8")
         os.replace(temporary, path)
+    except OSError as error:  # of a full disk it names no file
+        raise type(error)(error.errno, error.strerror, str(path)) from error
     finally:
         temporary.unlink(missing_ok=True)
 

@@ -32,6 +32,7 @@ from panther_jax.plans import (
 
 DATASET = "dataset.json"
 GROUND_TRUTHS = "gt_segmentations"
+MAX_ENTRIES = 3_000_000
 PLANS_KEYS = ("plans_name", "configurations", "transpose_forward")
 
 logger = logging.getLogger("panther_jax")
@@ -270,6 +271,7 @@ def read_pickle(path: Path) -> dict[str, Any]:
         value = _Unpickler(io.BytesIO(path.read_bytes())).load()
         if not isinstance(value, dict):
             raise pickle.UnpicklingError(f"it holds {type(value).__name__}, not a dictionary")
+        _require_small(value)
         return _plain(value)
     except Exception as error:  # a crafted file fails in many ways, all of them refusals
         raise StoreError(
@@ -393,6 +395,20 @@ _BUILDERS: Mapping[tuple[str, str], Callable[..., Any]] = {
     ("builtins", "bytes"): lambda *data: bytes(_bytearray(*data)),
     ("_codecs", "encode"): _encode,
 }
+
+
+def _require_small(value: Any) -> None:
+    """Count entries as often as they are named: shared ones can stand for more than fits."""
+    waiting, seen = [value], 0
+    while waiting:
+        node = waiting.pop()
+        if isinstance(node, dict):
+            waiting += node.values()
+        elif isinstance(node, (list, tuple)):
+            waiting += node
+        seen += 1
+        if seen + len(waiting) > MAX_ENTRIES:
+            raise pickle.UnpicklingError(f"it holds more than {MAX_ENTRIES} entries")
 
 
 def _plain(value: Any) -> Any:

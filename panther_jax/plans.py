@@ -275,7 +275,7 @@ class Plans:
         channels = dataset.get("channel_names", dataset.get("modality"))
         if not isinstance(channels, (Mapping, list)) or not channels:
             raise PlansError(
-                "dataset.json: 'channel_names' is missing; expected, e.g., {\"0\": \"MRI\"}"
+                'dataset.json: \'channel_names\' is missing; expected, e.g., {"0": "MRI"}'
             )
         labels = Labels.from_dataset_json(dataset)
         try:
@@ -453,10 +453,10 @@ def _axes(value: Any) -> tuple[int, ...]:
 def _resampler(entry: Mapping[str, Any], kind: str) -> Resampler:
     name = f"resampling_fn_{kind}"
     kwargs = _object(entry.get(f"{name}_kwargs") or {}, f"plans: '{name}_kwargs'")
-    return Resampler(entry[name], tuple(sorted(kwargs.items())))
+    return Resampler(str(entry[name]), tuple(sorted(kwargs.items())))
 
 
-def _intensity(properties: Mapping[str, Any] | None) -> tuple[IntensityProperties, ...]:
+def _intensity(properties: Any) -> tuple[IntensityProperties, ...]:
     if not properties:
         return ()
     fields = IntensityProperties.__dataclass_fields__

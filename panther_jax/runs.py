@@ -275,6 +275,12 @@ class StopRequest:
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
             signal.signal(number, self._handle)
 
+    @staticmethod
+    def after_training() -> None:
+        """Nobody reads between steps any more: let the signals stop the process at once."""
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+            signal.signal(number, signal.default_int_handler)
+
     def _handle(self, number: int, _frame: Any) -> None:
         self.by = signal.Signals(number).name
         signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -376,7 +382,7 @@ def open_workdir(
     fresh = not folder.exists() and not others
     config_path, plans_path = workdir / "config.json", workdir / "plans.json"
     if not fresh and config_path.is_file():
-        stored = TrainConfig.from_json(read_object(config_path)).to_json()
+        stored = _stored_config(config_path).to_json()
         changed = config.differences(_fixed(stored), _fixed(settings.to_json()))
         if changed and not options.allow_config_change:
             raise ConfigError(
@@ -398,6 +404,16 @@ def open_workdir(
     write_json(config_path, settings.to_json())
     write_json(plans_path, read_object(store.folder / "plans.json"))
     write_json(workdir / "dataset.json", store.dataset)
+
+
+def _stored_config(path: Path) -> TrainConfig:
+    try:
+        return TrainConfig.from_json(read_object(path))
+    except (TypeError, AttributeError, ConfigError) as error:
+        raise ConfigError(
+            f"{path} is not a config of this version: {error}\n  Choose another --workdir, or "
+            "delete that file."
+        ) from None
 
 
 def _fixed(settings: dict[str, Any]) -> dict[str, Any]:

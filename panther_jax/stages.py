@@ -175,6 +175,11 @@ def _run(arguments: argparse.Namespace, overrides: Sequence[str]) -> str:
         demo=arguments.demo,
         overrides=tuple(overrides),
     )
+    if plan.foundation not in (None, "none") and not Path(plan.foundation).is_dir():
+        raise command.UsageError(
+            f"--foundation {plan.foundation} is not a folder; name the unpacked model folder, the "
+            "one that holds fold_all, or none"
+        )
     steps = cascade(plan)
     if arguments.dry_run:
         return draw(steps)

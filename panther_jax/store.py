@@ -194,19 +194,26 @@ def _read_entry(folder: Path, case_id: str) -> dict[str, Any]:
         if entry["version"] != FORMAT_VERSION:
             raise ValueError(f"format version {entry['version']}, expected {FORMAT_VERSION}")
         files = dict(entry["files"])
-        expected = {name: (files[name], entry["arrays"].get(name)) for name in files}
-        if not {"image", "label", "locations"} <= set(expected):
+        expected = {
+            folder / file["name"]: (int(file["bytes"]), _array_entry(entry["arrays"].get(name)))
+            for name, file in files.items()
+        }
+        if not {"image", "label", "locations"} <= set(files):
             raise KeyError("files")
         Properties.from_json(entry["properties"])
         _ = entry["location_keys"], entry["voxel_counts"]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
         raise StoreError(
             f"{path} cannot be used: {type(error).__name__}: {error}\n"
             "  Delete it and run panther_jax.preprocess again; it redoes this case only."
         ) from None
-    for file, array in expected.values():
-        _check_file(folder / file["name"], int(file["bytes"]), array)
+    for path_of_file, (num_bytes, array) in expected.items():
+        _check_file(path_of_file, num_bytes, array)
     return entry
+
+
+def _array_entry(entry: Any) -> dict[str, Any] | None:
+    return None if entry is None else {"shape": list(entry["shape"]), "dtype": str(entry["dtype"])}
 
 
 def _check_file(path: Path, num_bytes: int, array: Mapping[str, Any] | None) -> None:

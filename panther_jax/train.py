@@ -363,6 +363,7 @@ def train_fold(
         loop = compile_step(loop, state)
         loop.stop.listen()
         state, counters = run_loop(loop, state, counters)
+        loop.stop.after_training()
     elif not loop.checkpoints.steps("final"):
         loop.checkpoints.save("final", state, counters)
     runs.record(folder, {"params_sha256": params_sha256(state.params)})

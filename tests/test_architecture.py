@@ -18,7 +18,7 @@ MAX_FILE_LINES, MAX_FUNCTION_LINES, MAX_TRAIN_LINES = 600, 60, 450
 # A module may import modules of earlier rows, and those of its own row that stand before it.
 LEVELS = (
     ("architecture", "plans", "log", "pictures", "command", "places"),
-    ("config", "recipe", "completeness", "imageio", "convolution"),
+    ("config", "recipe", "completeness", "checksums", "imageio", "convolution"),
     ("resampling", "label_resampling", "metrics", "losses", "optim", "model"),
     ("augment.intensity", "augment.spatial", "augment.local", "augment.fork", "augment.targets"),
     ("augment.recipes", "augment.policies"),
@@ -48,7 +48,7 @@ ENDS = {"train", "predict", "evaluate", "report", "ensemble"}  # imported by the
 JAX_FREE = (
     "architecture", "plans", "log", "pictures", "command", "places", "config", "imageio",
     "metrics", "store", "nnunet_store", "workers", "cropping", "preprocess", "planner",
-    "panther_plans", "planning", "completeness", "converters", "phantom", "datasets",
+    "panther_plans", "planning", "completeness", "checksums", "converters", "phantom", "datasets",
     "resampling", "label_resampling", "runs", "combination", "postprocess", "statistics",
     "crossval", "scoring", "selection", "recipe", "cascade", "stages", "roi", "tiles", "export",
     "cases", "predict", "evaluate", "report",

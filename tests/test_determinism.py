@@ -1,0 +1,82 @@
+"""The same seed gives the same bits, whatever the number of threads that load the data.
+
+Whole runs are compared in ``test_faults``: killed ones, and one with other threads.
+"""
+
+import dataclasses
+import os
+import re
+
+import jax
+import numpy as np
+import pytest
+from fault_harness import differences, make_store
+
+from panther_jax import batches, runs, train
+from panther_jax.config import load_config
+from panther_jax.store import open_store
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory):
+    return open_store(make_store(tmp_path_factory.mktemp("data"))[1])
+
+
+def settings(threads, *, prefetch=4, resident="host", seed=0):
+    config, _ = load_config("smoke")
+    replace = dataclasses.replace
+    return replace(
+        config,
+        data=replace(
+            config.data, num_threads=threads, prefetch_batches=prefetch, resident=resident
+        ),
+        loop=replace(config.loop, compilation_cache=False, seed=seed),
+        validation=replace(config.validation, checkpoints=("final", "best")),
+    )
+
+
+def drawn(config, store, count=6):
+    streams = batches.make_streams(config, store, 0, initial_patch=(10, 18, 18))
+    made = []
+    for stream in (streams.train(0), streams.validation(0)):
+        made += [next(stream) for _ in range(count // len(made) if made else count)][:count]
+    return made
+
+
+@pytest.mark.parametrize(
+    ("threads", "prefetch", "resident"), [(2, 1, "host"), (8, 16, "host"), (3, 2, "stream")]
+)
+def test_batches_do_not_depend_on_threads(store, threads, prefetch, resident):
+    one = drawn(settings(1, prefetch=1), store)
+    several = drawn(settings(threads, prefetch=prefetch, resident=resident), store)
+    assert len(one) == len(several) > 6
+    for a, b in zip(one, several, strict=True):
+        for name in ("image", "label"):
+            np.testing.assert_array_equal(a[name], b[name])
+    other = drawn(settings(1, seed=1), store)
+    assert any((a["image"] != b["image"]).any() for a, b in zip(one, other, strict=True))
+
+
+def test_the_option_for_reproducible_sums_on_a_gpu(monkeypatch, capsys):
+    config = settings(1)
+    monkeypatch.setenv("XLA_FLAGS", "--xla_x=1")
+    runs._set_up_jax(config, deterministic=False)
+    assert os.environ["XLA_FLAGS"] == "--xla_x=1"
+    runs._set_up_jax(config, deterministic=True)
+    assert os.environ["XLA_FLAGS"] == "--xla_x=1 --xla_gpu_deterministic_ops=true"
+    with pytest.raises(SystemExit):
+        runs.parse(["--help"])
+    assert re.search(r"--deterministic\s+reproducible results on a GPU", capsys.readouterr().out)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(jax.default_backend() != "gpu", reason="needs a GPU")
+def test_two_runs_on_a_gpu(store, tmp_path):
+    """With ``XLA_FLAGS=--xla_gpu_deterministic_ops=true``, which ``--deterministic`` sets."""
+    assert "--xla_gpu_deterministic_ops=true" in os.environ.get("XLA_FLAGS", "")
+    folders = []
+    for name in ("one", "two"):
+        folders.append(tmp_path / name / "fold_0")
+        folders[-1].mkdir(parents=True)
+        train.train_fold(settings(4), store, folders[-1], fold=0, bundle=None)
+    assert differences(*folders) == []
