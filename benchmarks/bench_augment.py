@@ -247,17 +247,7 @@ def _step_seconds(policy: str, edge: int, calls: int) -> float:
 def _on_device() -> dict[str, Any] | None:
     code = "import json; from benchmarks import bench_augment as b; "
     code += "print(json.dumps(b.device_times()))"
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=harness.ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-        env=harness.environment(),
-    )
-    if done.returncode:
-        raise RuntimeError(f"benchmark process failed:\n{done.stderr[-2000:]}")
-    return json.loads(done.stdout.splitlines()[-1])
+    return json.loads(harness.run_python("-c", code, env=harness.environment()).splitlines()[-1])
 
 
 def run(output: Path, setting: harness.Setting = "cpu") -> str:

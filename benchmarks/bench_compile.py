@@ -9,8 +9,6 @@ import dataclasses
 import json
 import os
 import statistics
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -58,22 +56,15 @@ print(json.dumps({"step": {"compile": first - (time.perf_counter() - start)}}))
 
 
 def _once(code: str, size: networks.Size, cache: str) -> dict[str, Any]:
-    done = subprocess.run(
-        [sys.executable, "-c", code, json.dumps(size.to_json())],
-        cwd=harness.ROOT,
-        capture_output=True,
-        text=True,
-        timeout=1200,
-        check=False,
-        env=harness.environment(
-            JAX_COMPILATION_CACHE_DIR=cache,
-            JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS="0",
-            TORCHINDUCTOR_CACHE_DIR=os.path.join(cache, "inductor"),
-        ),
+    env = harness.environment(
+        JAX_COMPILATION_CACHE_DIR=cache,
+        JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS="0",
+        TORCHINDUCTOR_CACHE_DIR=os.path.join(cache, "inductor"),
     )
-    if done.returncode:
-        raise RuntimeError(f"benchmark process failed:\n{done.stderr[-2000:]}")
-    return json.loads(done.stdout.splitlines()[-1])
+    found = harness.run_python(
+        "-c", code, json.dumps(size.to_json()), env=env, timeout_seconds=1200
+    )
+    return json.loads(found.splitlines()[-1])
 
 
 def measure(size: networks.Size, rounds: int, *, peer: bool) -> dict[str, Any]:

@@ -11,8 +11,6 @@ import json
 import os
 import queue
 import statistics
-import subprocess
-import sys
 import tempfile
 import threading
 import time
@@ -318,14 +316,5 @@ def _make(budget: Budget, folder: Path, *, full: bool) -> None:
         json.dumps(full),
     )
     paths = os.pathsep.join(filter(None, (str(harness.ROOT), os.environ.get("PYTHONPATH"))))
-    done = subprocess.run(
-        [sys.executable, str(script), *arguments],
-        cwd=harness.ROOT,
-        env=harness.environment(PYTHONPATH=paths, OMP_NUM_THREADS="1", **places),
-        capture_output=True,
-        text=True,
-        timeout=1200,
-        check=False,
-    )
-    if done.returncode:
-        raise RuntimeError(f"making the dataset failed:\n{done.stderr[-2000:]}")
+    env = harness.environment(PYTHONPATH=paths, OMP_NUM_THREADS="1", **places)
+    harness.run_python(str(script), *arguments, env=env, timeout_seconds=1200)

@@ -10,8 +10,6 @@ island elsewhere in the body, and one is missed.
 import json
 import math
 import os
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -117,25 +115,14 @@ for path in files:
     seconds[path.name.removesuffix(".mha")] = time.perf_counter() - start
 """
 REPORT = """
-status = open("/proc/self/status").read() if sys.platform == "linux" else ""
-peak = next((int(l.split()[1]) * 1024 for l in status.splitlines() if l.startswith("VmHWM")), 0)
-print(json.dumps({"seconds": seconds, "peak_bytes": peak, "found": found}))
+from benchmarks import harness
+print(json.dumps({"seconds": seconds, "peak_bytes": harness.peak_bytes(), "found": found}))
 """
 
 
 def _python(code: str, *arguments: str) -> str:
-    done = subprocess.run(
-        [sys.executable, "-c", code, *arguments],
-        cwd=harness.ROOT,
-        capture_output=True,
-        text=True,
-        timeout=3600,
-        check=False,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"},
-    )
-    if done.returncode:
-        raise RuntimeError(f"benchmark process failed:\n{done.stderr[-2000:]}")
-    return done.stdout
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+    return harness.run_python("-c", code, *arguments, env=env, timeout_seconds=3600)
 
 
 def difference(ours: dict[str, Any], peer: dict[str, Any]) -> float:

@@ -6,8 +6,6 @@ logits made before; the memory peak is the whole process's, logits and imports i
 """
 
 import json
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -94,21 +92,15 @@ print(json.dumps({"seconds": seconds, "peak_bytes": peak, "shape": shape}))
 
 
 def _once(code: str, classes: int, setting: str, out: Path) -> harness.Measurement:
-    done = subprocess.run(
-        [
-            *(sys.executable, "-c", COMMON + code + REPORT),
-            *(str(classes), json.dumps(SHAPES[setting]), str(out)),
-        ],
-        cwd=harness.ROOT,
-        capture_output=True,
-        text=True,
-        timeout=1800,
-        check=False,
+    arguments = str(classes), json.dumps(SHAPES[setting]), str(out)
+    text = harness.run_python(
+        "-c",
+        COMMON + code + REPORT,
+        *arguments,
         env=harness.environment(JAX_PLATFORMS="cpu"),
+        timeout_seconds=1800,
     )
-    if done.returncode:
-        raise RuntimeError(f"benchmark process failed:\n{done.stderr[-2000:]}")
-    found = json.loads(done.stdout.splitlines()[-1])
+    found = json.loads(text.splitlines()[-1])
     return harness.Measurement(found["seconds"], found["peak_bytes"])
 
 

@@ -7,8 +7,6 @@ called as its command does.
 """
 
 import json
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 
@@ -71,24 +69,13 @@ seconds = time.perf_counter() - start
 shape = None
 """
 REPORT = """
-status = open("/proc/self/status").read() if sys.platform == "linux" else ""
-peak = next((int(l.split()[1]) * 1024 for l in status.splitlines() if l.startswith("VmHWM")), 0)
-print(json.dumps({"seconds": seconds, "peak_bytes": peak, "shape": shape}))
+from benchmarks import harness
+print(json.dumps({"seconds": seconds, "peak_bytes": harness.peak_bytes(), "shape": shape}))
 """
 
 
 def _python(code: str, *arguments: str) -> str:
-    done = subprocess.run(
-        [sys.executable, "-c", code, *arguments],
-        cwd=harness.ROOT,
-        capture_output=True,
-        text=True,
-        timeout=1800,
-        check=False,
-    )
-    if done.returncode:
-        raise RuntimeError(f"benchmark process failed:\n{done.stderr[-2000:]}")
-    return done.stdout
+    return harness.run_python("-c", code, *arguments, timeout_seconds=1800)
 
 
 def _case(code: str, raw: Path, plans: Path) -> harness.Measurement:

@@ -99,17 +99,33 @@ def measure(code: str, *arguments: str, timeout_seconds: float = 600) -> Measure
     Raises:
         RuntimeError: with the end of its standard error, if it fails.
     """
+    probe = MEMORY_PROBE.format(code=code)
+    found = run_python("-c", probe, *arguments, timeout_seconds=timeout_seconds)
+    return Measurement(**json.loads(found.splitlines()[-1]))
+
+
+def run_python(
+    *arguments: str,
+    env: Mapping[str, str] | None = None,
+    timeout_seconds: float | None = None,
+) -> str:
+    """Run Python with these arguments in the repository's root; returns its standard output.
+
+    Raises:
+        RuntimeError: with the end of its standard error, if it fails.
+    """
     done = subprocess.run(
-        [sys.executable, "-c", MEMORY_PROBE.format(code=code), *arguments],
+        [sys.executable, *arguments],
         cwd=ROOT,
         capture_output=True,
         text=True,
         timeout=timeout_seconds,
         check=False,
+        env=env,
     )
     if done.returncode:
         raise RuntimeError(f"benchmark process failed:\n{done.stderr[-2000:]}")
-    return Measurement(**json.loads(done.stdout.splitlines()[-1]))
+    return done.stdout
 
 
 # ------------------------------------------------------------------------ processes that answer

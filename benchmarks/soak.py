@@ -11,8 +11,6 @@ import json
 import logging
 import os
 import statistics
-import subprocess
-import sys
 import tempfile
 import threading
 import time
@@ -166,16 +164,8 @@ def soak_train(steps: int, folder: Path) -> dict[str, Any]:
 
 def _in_a_process(what: str, count: int) -> dict[str, Any]:
     """Soak in a process of its own, whose memory is nobody else's."""
-    done = subprocess.run(
-        [sys.executable, "-m", "benchmarks.soak", "--only", what, str(count)],
-        cwd=harness.ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    if done.returncode:
-        raise RuntimeError(f"{what}: {done.stderr[-2000:]}")
-    return json.loads(done.stdout.splitlines()[-1])
+    text = harness.run_python("-m", "benchmarks.soak", "--only", what, str(count))
+    return json.loads(text.splitlines()[-1])
 
 
 def main(argv: Sequence[str] | None = None) -> int:

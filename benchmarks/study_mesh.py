@@ -10,8 +10,8 @@ import json
 import math
 import os
 import re
-import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -32,8 +32,7 @@ ASSUMED = {
     "gradient_overlap": 0.5,
 }
 COMPILE = """
-import json, sys, time
-import jax, jax.numpy as jnp
+import json, sys
 from benchmarks import study_mesh
 print(json.dumps(study_mesh.compiled(*json.loads(sys.argv[1]))))
 """
@@ -41,13 +40,10 @@ print(json.dumps(study_mesh.compiled(*json.loads(sys.argv[1]))))
 
 def compiled(data: int, space: int, patch: int) -> dict[str, Any]:
     """Compile the step for a mesh in this process; returns the bytes of its collectives."""
-    import time
-
     import jax
     import jax.numpy as jnp
 
     from panther_jax import devices, losses, model, optim, steps
-    from panther_jax.augment import policies  # noqa: F401  (part of the step's imports)
     from panther_jax.checkpoint import TrainState
     from panther_jax.config import DevicesConfig, load_config
     from panther_jax.panther_plans import multitalent_arch
@@ -175,21 +171,13 @@ def compile_all(patch: int) -> list[dict[str, Any]]:
     """Compile every mesh in a process of its own with eight virtual devices."""
     results = []
     for shape in MESHES:
-        done = subprocess.run(
-            [sys.executable, "-c", COMPILE, json.dumps([*shape, patch])],
-            cwd=harness.ROOT,
-            env={
-                **os.environ,
-                "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
-                "JAX_PLATFORMS": "cpu",
-            },
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        if done.returncode:
-            raise RuntimeError(f"mesh {shape}: {done.stderr[-2000:]}")
-        results.append(json.loads(done.stdout.splitlines()[-1]))
+        env = {
+            **os.environ,
+            "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
+            "JAX_PLATFORMS": "cpu",
+        }
+        text = harness.run_python("-c", COMPILE, json.dumps([*shape, patch]), env=env)
+        results.append(json.loads(text.splitlines()[-1]))
         print(f"mesh {shape}: compiled", file=sys.stderr, flush=True)
     return results
 

@@ -87,10 +87,21 @@ def trained_folds(run: Path, wanted: Sequence[str] = ()) -> tuple[str, ...]:
     if not (run / "config.json").is_file():
         raise BundleError(f"{run} is not a run: it holds no config.json")
     present = sorted(p.parent.name.removeprefix("fold_") for p in run.glob("fold_*/checkpoints"))
+    return choose_folds(run, present, wanted)
+
+
+def choose_folds(
+    folder: Path, present: Sequence[str], wanted: Sequence[str] = ()
+) -> tuple[str, ...]:
+    """The folds wanted of those a model has, or all of them.
+
+    Raises:
+        BundleError: naming those that are missing.
+    """
     missing = [fold for fold in wanted if fold not in present]
     if missing or not present:
         raise BundleError(
-            f"{run} has no fold {', '.join(missing) or 'with checkpoints'}; there are: "
+            f"{folder} has no fold {', '.join(missing) or 'with checkpoints'}; there are: "
             f"{', '.join(present) or 'none'}"
         )
     return tuple(wanted or present)

@@ -4,6 +4,7 @@ A step is one command and the files that show that it is done. Trained and impor
 followed by checksum through the chain; what is derived from them, by the age of files. No JAX.
 """
 
+import shlex
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -310,9 +311,7 @@ def draw(steps: Sequence[Step]) -> str:
         visit(root, "", is_last=True, depth=0)
     width = max(len(text) for text, _ in lines)
     return "\n".join(
-        f"{text:<{width}}  {state.status}{': ' * bool(state.why)}{state.why.splitlines()[0]}"
-        if state.why
-        else f"{text:<{width}}  {state.status}"
+        f"{text:<{width}}  " + ": ".join(filter(None, (state.status, *state.why.splitlines()[:1])))
         for text, state in lines
     )
 
@@ -322,8 +321,6 @@ def draw(steps: Sequence[Step]) -> str:
 
 def command_of(step: Step) -> str:
     """The step as a line for a shell."""
-    import shlex
-
     return shlex.join((Path(sys.executable).name, "-m", *step.argv))
 
 
@@ -340,8 +337,6 @@ def layers(steps: Sequence[Step]) -> list[list[Step]]:
 
 def slurm_script(steps: Sequence[Step], *, folder: Path) -> str:
     """A script that submits itself: one job array a layer, each after the one before."""
-    import shlex
-
     cases, submissions, number = [], [], 0
     for layer in layers(steps):
         first = number

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from panther_jax import command
-from panther_jax.bundle import run_mirror_axes
+from panther_jax.bundle import choose_folds, run_mirror_axes, trained_folds
 from panther_jax.log import read_metrics, write_json
 from panther_jax.plans import Plans, read_object
 
@@ -169,14 +169,13 @@ def _open_bundle(folder: Path, folds: Sequence[str]) -> Model:
         fold or str(records.get("", {}).get("fold") or 0): tree
         for fold, tree in bundle.params.items()
     }
-    chosen = _choose(folder, tuple(named), folds)
+    chosen = choose_folds(folder, tuple(named), folds)
     members = (Member(f, FILES["final"], named[f], Training()) for f in chosen)
     return Model(*_documents(folder), bundle.mirror_axes, members)
 
 
 def _open_run(folder: Path, folds: Sequence[str]) -> Model:
-    found = sorted(p.parent.name for p in folder.glob("fold_*/checkpoints") if p.is_dir())
-    chosen = _choose(folder, tuple(name.removeprefix("fold_") for name in found), folds)
+    chosen = trained_folds(folder, folds)
     plans, dataset = _documents(folder)
     config = read_object(folder / "config.json")
     members = (m for fold in chosen for m in _members_of_fold(folder, fold, config, plans, dataset))
@@ -188,16 +187,6 @@ def _open_run(folder: Path, folds: Sequence[str]) -> Model:
 def _documents(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     dataset = read_object(folder / "dataset.json")
     return read_object(folder / "plans.json"), {"file_ending": ".nii.gz", **dataset}
-
-
-def _choose(folder: Path, present: Sequence[str], wanted: Sequence[str]) -> tuple[str, ...]:
-    missing = [fold for fold in wanted if fold not in present]
-    if missing or not present:
-        raise ExportError(
-            f"{folder} has no fold {', '.join(missing) or 'with checkpoints'}; "
-            f"there are: {', '.join(present) or 'none'}"
-        )
-    return tuple(wanted or present)
 
 
 # ------------------------------------------------------------------------------------- one fold
