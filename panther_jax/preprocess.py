@@ -9,6 +9,7 @@ import logging
 import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,7 @@ NORM_EPSILON = 1e-8
 LOCATIONS_SEED = 1234
 MAX_LOCATIONS = 10_000
 MIN_COVERAGE = 0.01
+SEARCHED_AT_ONCE = 1 << 18
 MAX_VOXELS = 1 << 34  # 64 GiB a channel: no scan, but a spacing that is not in mm
 
 logger = logging.getLogger("panther_jax")
@@ -61,53 +63,56 @@ def normalize(
     *,
     intensity: IntensityProperties | None = None,
     inside: Bool[np.ndarray, "z y x"] | None = None,
+    out: Float32[np.ndarray, "z y x"] | None = None,
 ) -> Float32[np.ndarray, "z y x"]:
     """Normalise one channel by the scheme of the plans (spec 02 §4.3).
 
     ``intensity`` is what CTNormalization needs; with ``inside``, z-score uses and changes only
-    those voxels.
+    those voxels. The result goes into ``out`` if given, which may be ``channel`` itself.
 
     Raises:
         ValueError: if the scheme is unknown, lacks statistics, or does not fit the values.
     """
+    out = np.empty_like(channel) if out is None else out
     if scheme == "NoNormalization":
-        return channel.copy()
-    if scheme == "ZScoreNormalization":
-        return _zscore(channel, inside)
-    if scheme == "CTNormalization":
+        np.copyto(out, channel)
+    elif scheme == "ZScoreNormalization":
+        _zscore(channel, inside, out)
+    elif scheme == "CTNormalization":
         if intensity is None:
             raise ValueError(
                 "plans: CTNormalization needs foreground_intensity_properties_per_channel; make "
                 "plans with panther_jax.planning, which measures them"
             )
-        result = np.clip(channel, intensity.percentile_00_5, intensity.percentile_99_5)
-        result -= np.float32(intensity.mean)
-        result /= np.float32(max(intensity.std, NORM_EPSILON))
-        return result
-    if scheme == "RescaleTo01Normalization":
-        result = channel - channel.min()
-        return result / np.float32(max(float(result.max()), NORM_EPSILON))
-    if scheme == "RGBTo01Normalization":
+        for source, target in zip(channel, out, strict=True):  # slices stay in the cache
+            np.clip(source, intensity.percentile_00_5, intensity.percentile_99_5, out=target)
+            target -= np.float32(intensity.mean)
+            target /= np.float32(max(intensity.std, NORM_EPSILON))
+    elif scheme == "RescaleTo01Normalization":
+        np.subtract(channel, channel.min(), out=out)
+        out /= np.float32(max(float(out.max()), NORM_EPSILON))
+    elif scheme == "RGBTo01Normalization":
         if channel.min() < 0 or channel.max() > 255:
             raise ValueError(
                 f"RGB channel holds values from {channel.min():g} to {channel.max():g}; expected "
                 "0 to 255. Use another channel name in dataset.json if this is not an RGB image"
             )
-        return channel / np.float32(255.0)
-    raise ValueError(f"plans: normalization scheme {scheme!r} is not known")
+        np.divide(channel, np.float32(255.0), out=out)
+    else:
+        raise ValueError(f"plans: normalization scheme {scheme!r} is not known")
+    return out
 
 
-def _zscore(channel: np.ndarray, inside: np.ndarray | None) -> np.ndarray:
+def _zscore(channel: np.ndarray, inside: np.ndarray | None, out: np.ndarray) -> None:
     if inside is None or inside.all():
         spread = np.float32(max(float(channel.std()), NORM_EPSILON))
-        result = channel - channel.mean()
-        result /= spread
-        return result
-    result = channel.copy()
+        np.subtract(channel, channel.mean(), out=out)
+        out /= spread
+        return
+    np.copyto(out, channel)
     if inside.any():
         values = channel[inside]
-        result[inside] = (values - values.mean()) / np.float32(max(values.std(), NORM_EPSILON))
-    return result
+        out[inside] = (values - values.mean()) / np.float32(max(values.std(), NORM_EPSILON))
 
 
 def location_requests(labels: Labels) -> tuple[LabelValue, ...]:
@@ -145,7 +150,7 @@ def sample_locations(
     for request in requests:
         values = request if isinstance(request, tuple) else (request,)
         # grouped by label in the order of the request, not in the order of voxels
-        pool = np.concatenate([np.flatnonzero(flat == value) for value in values])
+        pool = np.concatenate([_where(flat, value) for value in values])
         if pool.size:
             least = int(np.ceil(pool.size * min_coverage))
             count = max(min(max_locations, pool.size), least)
@@ -153,6 +158,15 @@ def sample_locations(
         coordinates = np.stack(np.unravel_index(pool, label.shape), axis=1)
         found.append((request, coordinates.astype(np.int32)))
     return tuple(found)
+
+
+def _where(flat: np.ndarray, value: int) -> np.ndarray:
+    """Indices of a value, searched for in parts that fit the cache."""
+    starts = range(0, flat.size, SEARCHED_AT_ONCE)
+    parts = [np.flatnonzero(flat[start : start + SEARCHED_AT_ONCE] == value) for start in starts]
+    for start, part in zip(starts, parts, strict=True):
+        part += start
+    return np.concatenate(parts)
 
 
 @dataclass(frozen=True)
@@ -189,16 +203,12 @@ def preprocess_case(case: Case, plans: Plans, labels: Labels) -> StoredCase:
     """
     if case.label is None:
         raise ValueError(f"case {case.id!r} has no label map; training needs one")
-    prepared = _prepare(case.image, case.label, case.geometry, plans)
-    label = _narrow(prepared.label)
-    label = resample_label(label, resampler=plans.resampling_label, **prepared.resampling)
-    return StoredCase(
-        id=case.id,
-        image=_resampled_image(prepared, plans),
-        label=_narrow(label),
-        locations=class_locations(label, labels),
-        properties=prepared.properties,
-    )
+    prepared = _prepare(case.image, _narrow(case.label), case.geometry, plans)
+    with ThreadPoolExecutor(1) as beside:
+        labelled = beside.submit(_resampled_label, prepared, plans, labels)
+        image = _resampled_image(prepared, plans)
+    label, locations = labelled.result()
+    return StoredCase(case.id, image, label, locations, prepared.properties)
 
 
 def _narrow(label: np.ndarray) -> np.ndarray:
@@ -222,9 +232,10 @@ def _prepare(
     cropped, label, box = crop_to_nonzero(image, label)
     properties = Properties(geometry, shape, box, tuple(cropped.shape[1:]))
     for index, scheme in enumerate(plans.normalization):
-        cropped[index] = normalize(
+        normalize(
             cropped[index],
             scheme,
+            out=cropped[index],
             intensity=plans.intensity[index] if index < len(plans.intensity) else None,
             # spec 02 §4.3: labelled voxels outside the nonzero mask count as inside
             inside=label >= 0 if plans.use_mask_for_norm[index] else None,
@@ -244,6 +255,13 @@ def _prepare(
 def _resampled_image(prepared: _Prepared, plans: Plans) -> np.ndarray:
     image = resample_image(prepared.image, resampler=plans.resampling_image, **prepared.resampling)
     return np.ascontiguousarray(image, dtype=np.float32)
+
+
+def _resampled_label(
+    prepared: _Prepared, plans: Plans, labels: Labels
+) -> tuple[np.ndarray, tuple[tuple[LabelValue, np.ndarray], ...]]:
+    label = resample_label(prepared.label, resampler=plans.resampling_label, **prepared.resampling)
+    return _narrow(label), class_locations(label, labels)
 
 
 # ------------------------------------------------------------------------------ over many cases

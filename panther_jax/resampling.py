@@ -1,12 +1,15 @@
 """Separable resampling: one small operator table an axis, applied on the host or on the device.
 
 Interpolation between voxel grids is linear and separable but for a final clip, so every rule of
-nnU-Net's two resampling functions (spec 02 §4.5-4.6) is a matrix an axis. Axes are z, y, x *after*
-the plans' transpose. Label maps have a module of their own, :mod:`panther_jax.label_resampling`.
+nnU-Net's two resampling functions (spec 02 §4.5-4.6) is a matrix an axis. Whole images that are
+interpolated between two voxels an axis need no matrix: they go plane after plane through the cache.
+Axes are z, y, x *after* the plans' transpose. Label maps have a module of their own,
+:mod:`panther_jax.label_resampling`.
 """
 
 import math
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -27,6 +30,8 @@ BLOCK_ROWS, BLOCK_COLUMNS = 32, 64
 """Output of one matrix product: few rows read a narrow band of the operator, and products of this
 size stay below those that BLAS gives to threads, which wait for each other longer than they work.
 """
+THREADS = 2
+"""Ranges of planes interpolated side by side; more would wait for the memory."""
 
 
 # ------------------------------------------------------------------------------ what to resample
@@ -74,8 +79,6 @@ def axis_operator(num_in: int, num_out: int, kind: Kind) -> Float[np.ndarray, "o
     Raises:
         ValueError: if an axis is empty.
     """
-    if num_in < 1 or num_out < 1:
-        raise ValueError(f"cannot resample an axis of {num_in} voxels to {num_out} voxels")
     if kind == "spline3":
         return _cubic_operator(num_in, num_out)
     low, high, weight_high, weight_low = two_taps(num_in, num_out, kind)
@@ -87,7 +90,12 @@ def axis_operator(num_in: int, num_out: int, kind: Kind) -> Float[np.ndarray, "o
 
 
 def two_taps(num_in: int, num_out: int, kind: Kind) -> tuple[np.ndarray, ...]:
-    """Tabulate the linear and nearest kinds: low and high neighbour, weight of high, of low."""
+    """Tabulate the linear and nearest kinds: low and high neighbour, weight of high, of low.
+
+    Raises:
+        ValueError: if an axis is empty.
+    """
+    _require_voxels(num_in, num_out)
     out = np.arange(num_out)
     if kind.startswith("torch"):
         # spec 02 §4.6: torch computes coordinates in float32
@@ -119,9 +127,15 @@ def two_taps(num_in: int, num_out: int, kind: Kind) -> tuple[np.ndarray, ...]:
     return low, high, 1.0 - weight_low, weight_low
 
 
+def _require_voxels(num_in: int, num_out: int) -> None:
+    if num_in < 1 or num_out < 1:
+        raise ValueError(f"cannot resample an axis of {num_in} voxels to {num_out} voxels")
+
+
 def _cubic_operator(num_in: int, num_out: int) -> np.ndarray:
     from scipy import ndimage
 
+    _require_voxels(num_in, num_out)
     padded = np.pad(np.eye(num_in), ((SPLINE_PAD, SPLINE_PAD), (0, 0)), mode="edge")
     coefficients = ndimage.spline_filter1d(padded, order=3, axis=0, mode="mirror")
     position = (np.arange(num_out) + 0.5) * (num_in / num_out) - 0.5 + SPLINE_PAD
@@ -227,18 +241,14 @@ def _apply_into(
     array: np.ndarray,
     operators: Operators,
     *,
-    dtype: Any,
-    limits: tuple[float, float] | None = None,
+    limits: tuple[float, float],
 ) -> None:
     """As :func:`apply_operators`, into ``target`` and clipped; needs no array of its size more."""
-    result = np.ascontiguousarray(array, dtype=dtype)
-    order = _axis_order(operators)
-    for axis in order[:-1]:
+    result = np.ascontiguousarray(array, dtype=np.float64)
+    *others, last = _axis_order(operators)
+    for axis in others:
         result = _apply_axis(result, operators[axis], axis)  # type: ignore[arg-type]
-    if order:
-        _apply_axis(result, operators[order[-1]], order[-1], target=target, limits=limits)  # type: ignore[arg-type]
-    else:
-        target[...] = result if limits is None else np.clip(result, *limits)
+    _apply_axis(result, operators[last], last, target=target, limits=limits)  # type: ignore[arg-type]
 
 
 def apply_on_device(
@@ -321,6 +331,75 @@ def _band(block: np.ndarray) -> slice:
     return slice(int(columns[0]), int(columns[-1]) + 1)
 
 
+# ----------------------------------------------------------------------------- plane after plane
+
+
+class _Planes:
+    """Linear or nearest interpolation of a volume, a plane of the result at a time.
+
+    All that a plane needs stays in the cache, and nothing of the volume's size is made beside it.
+    """
+
+    def __init__(
+        self, source: np.ndarray, target: np.ndarray, kinds: Sequence[Kind], dtype: Any
+    ) -> None:
+        self._source, self._target, self._dtype = source, target, dtype
+        self._taps = tuple(
+            _weighted(old, new, kind, dtype)
+            for old, new, kind in zip(source.shape, target.shape, kinds, strict=True)
+        )
+        ratios = [new / old for old, new in zip(source.shape, target.shape, strict=True)]
+        order = sorted(range(3), key=ratios.__getitem__)  # what shrinks most first
+        changed = [axis for axis in order if axis == 0 or ratios[axis] != 1]
+        along = changed.index(0)
+        self._before, self._after = changed[:along], changed[along + 1 :]
+
+    def fill(self, rows: range) -> None:
+        """Make the planes ``rows`` of the result."""
+        low, high, weight_low, weight_high = self._taps[0]
+        ready: dict[int, np.ndarray] = {}
+        for row in rows:
+            needed = {int(low[row]), int(high[row])}
+            ready = {z: ready[z] if z in ready else self._read(z) for z in needed}
+            plane = ready[int(low[row])]
+            if weight_high.any():
+                plane = plane * weight_low[row]
+                plane += ready[int(high[row])] * weight_high[row]
+            self._target[row] = self._in_plane(plane, self._after)
+
+    def _read(self, z: int) -> np.ndarray:
+        return self._in_plane(self._source[z].astype(self._dtype, copy=False), self._before)
+
+    def _in_plane(self, plane: np.ndarray, axes: Sequence[int]) -> np.ndarray:
+        for axis in axes:
+            low, high, weight_low, weight_high = self._taps[axis]
+            column = (-1, 1) if axis == 1 else (1, -1)
+            result = np.take(plane, low, axis - 1, mode="clip")
+            if weight_high.any():
+                result *= weight_low.reshape(column)
+                far = np.take(plane, high, axis - 1, mode="clip")
+                far *= weight_high.reshape(column)
+                result += far
+            plane = result
+        return plane
+
+
+def _weighted(num_in: int, num_out: int, kind: Kind, dtype: Any) -> tuple[np.ndarray, ...]:
+    unchanged = num_in == num_out
+    low, high, weight_high, weight_low = two_taps(num_in, num_out, "spline0" if unchanged else kind)
+    return low, high, weight_low.astype(dtype), weight_high.astype(dtype)
+
+
+def _interpolate(
+    target: np.ndarray, source: np.ndarray, kinds: Sequence[Kind], *, dtype: Any
+) -> None:
+    """Interpolate ``source`` to ``target`` in ``dtype``; the kinds read two voxels at most."""
+    planes = _Planes(source, target, kinds, dtype)
+    bounds = [len(target) * part // THREADS for part in range(THREADS + 1)]
+    with ThreadPoolExecutor(THREADS) as pool:
+        list(pool.map(planes.fill, map(range, bounds[:-1], bounds[1:])))
+
+
 # ------------------------------------------------------------------------------- images and logits
 
 
@@ -340,19 +419,20 @@ def resample_image(
     if tuple(new_shape) == shape:
         return image
     separate = separate_axis_of(resampler, spacing, new_spacing)
-    operators = image_operators(
-        shape, new_shape, resampler, spacing=spacing, new_spacing=new_spacing
-    )
+    kinds = axis_kinds(resampler, separate)
+    changed = {k for k, old, new in zip(kinds, shape, new_shape, strict=True) if old != new}
     spline = resampler.name == "resample_data_or_seg_to_shape"
     result = np.empty((image.shape[0], *new_shape), image.dtype if spline else np.float32)
     for source, target in zip(image, result, strict=True):
-        if not spline:
-            _apply_into(target, source, operators, dtype=np.float32)
-        elif resampler.get("order", 3) <= 1 and resampler.get("order_z", 0) <= 1:
-            _apply_into(target, source, operators, dtype=np.float64)
-        elif separate is None:
+        if "spline3" not in changed:
+            _interpolate(target, source, kinds, dtype=np.float64 if spline else np.float32)
+            continue
+        operators = image_operators(
+            shape, new_shape, resampler, spacing=spacing, new_spacing=new_spacing
+        )
+        if separate is None:
             limits = (float(source.min()), float(source.max()))
-            _apply_into(target, source, operators, dtype=np.float64, limits=limits)
+            _apply_into(target, source, operators, limits=limits)
         else:
             target[...] = _clipped_slices(source, operators, separate)
     return result

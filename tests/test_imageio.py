@@ -153,6 +153,17 @@ def test_cases_are_found_and_checked(tmp_path):
         imageio.read_case(raw.cases[0], few)
 
 
+@pytest.mark.parametrize("values", [[0], [-1, 0, 1, 2], [0, 300, 40_000], [0, 1, 200_000]])
+def test_label_values_are_counted(monkeypatch, values):
+    label = np.sort(np.random.default_rng(0).choice(values, (7, 9, 11)).astype(np.int32), axis=0)
+    for part in (2, 50, 10_000):  # parts of one value, of several, and the whole
+        monkeypatch.setattr(imageio, "COUNTED_AT_ONCE", part)
+        for array in (label, label.transpose(2, 0, 1)):
+            found = imageio.label_values(array)
+            for ours, numpys in zip(found, np.unique(label, return_counts=True), strict=True):
+                np.testing.assert_array_equal(ours, numpys)
+
+
 def test_a_label_on_another_grid_is_named(tmp_path):
     raw = imageio.open_raw(make_raw(tmp_path / "Dataset001_Toy", num_cases=1))
     label, geometry = imageio.read_label(raw.cases[0].label)

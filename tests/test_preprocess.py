@@ -18,6 +18,7 @@ from panther_jax import cropping, preprocess, store
 from panther_jax.imageio import Case, open_raw, read_case, write_image, write_label
 from panther_jax.label_resampling import resample_label
 from panther_jax.plans import (
+    NORMALIZATIONS,
     ArchSpec,
     Geometry,
     IntensityProperties,
@@ -277,6 +278,24 @@ def test_rgb_refuses_other_values() -> None:
         preprocess.normalize(image * 2, "RGBTo01Normalization")
 
 
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("scheme", NORMALIZATIONS)
+def test_normalisation_in_place_gives_the_same(scheme: str, masked: bool) -> None:
+    random = np.random.default_rng(5)
+    channel = random.uniform(0, 255, (4, 5, 6)).astype(np.float32)
+    inside = random.random(channel.shape) > 0.3 if masked else None
+    intensity = IntensityProperties(
+        max=255.0, mean=100.0, median=90.0, min=0.0, percentile_00_5=20.0, percentile_99_5=200.0,
+        std=40.0,
+    )  # fmt: skip
+    options: Any = {"intensity": intensity, "inside": inside}
+    given = channel.copy()
+    expected = preprocess.normalize(channel, scheme, **options)
+    np.testing.assert_array_equal(channel, given)
+    assert preprocess.normalize(channel, scheme, **options, out=channel) is channel
+    np.testing.assert_array_equal(channel, expected)
+
+
 def test_ct_without_statistics_and_unknown_schemes_are_refused() -> None:
     image = np.zeros((2, 2, 2), np.float32)
     with pytest.raises(ValueError, match="CTNormalization needs"):
@@ -302,6 +321,18 @@ def test_locations_of_an_absent_class_are_empty_and_draw_nothing() -> None:
     np.testing.assert_array_equal(found[1][1], alone[0][1])
     expected = {tuple(c) for c in np.argwhere(label == 2).tolist()}
     assert {tuple(c) for c in found[1][1].tolist()} == expected
+
+
+def test_locations_do_not_depend_on_the_parts_searched(monkeypatch: pytest.MonkeyPatch) -> None:
+    label = np.random.default_rng(6).integers(-1, 3, (5, 6, 7)).astype(np.int8)
+    requests = (1, (2, -1), 9)
+    expected = preprocess.sample_locations(label, requests)
+    for part in (1, 11, label.size):
+        monkeypatch.setattr(preprocess, "SEARCHED_AT_ONCE", part)
+        found = preprocess.sample_locations(label, requests)
+        for (key, coordinates), (wanted, known) in zip(found, expected, strict=True):
+            assert key == wanted
+            np.testing.assert_array_equal(coordinates, known)
 
 
 def test_large_labels_widen_the_type() -> None:

@@ -174,6 +174,36 @@ def test_cubic_result_stays_in_the_range_of_what_was_given() -> None:
     assert np.all(found[0, 3] == 0.25)
 
 
+@pytest.mark.parametrize("kind", [LINEAR, TORCH_ANY, resampler(TORCH, force_separate_z=False)])
+@pytest.mark.parametrize("shape", [(9, 13, 3), (2, 5, 11), (7, 7, 14), (1, 8, 7), (20, 1, 1)])
+def test_plane_after_plane_is_what_the_tables_give(
+    kind: Resampler, shape: tuple[int, int, int]
+) -> None:
+    # shapes in which the first axis is shrunk or grown before, between and after the others
+    image = np.random.default_rng(8).standard_normal((2, 7, 8, 7)).astype(np.float32)
+    for spacings in (ISOTROPIC, COARSE_Z):
+        found = resample_image(image, shape, kind, **spacings)
+        tables = image_operators(image.shape[1:], shape, kind, **spacings)
+        for channel, source in zip(found, image, strict=True):
+            # 2e-6: float32 of three axes, in another order of summation
+            np.testing.assert_allclose(channel, apply_operators(source, tables), rtol=0, atol=2e-6)
+
+
+def test_planes_do_not_depend_on_the_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    image = np.random.default_rng(9).standard_normal((1, 7, 8, 9)).astype(np.float32)
+    for shape in ((5, 12, 6), (1, 9, 9)):
+        expected = resample_image(image, shape, TORCH_ANY, **ISOTROPIC)
+        for threads in (1, 3, 8):
+            monkeypatch.setattr("panther_jax.resampling.THREADS", threads)
+            found = resample_image(image, shape, TORCH_ANY, **ISOTROPIC)
+            np.testing.assert_array_equal(found, expected)
+
+
+def test_empty_target_axis_of_an_image_is_refused() -> None:
+    with pytest.raises(ValueError, match="0 voxels"):
+        resample_image(np.ones((1, 2, 2, 2), np.float32), (2, 0, 2), TORCH_ANY, **ISOTROPIC)
+
+
 def test_dtypes() -> None:
     logits = np.random.default_rng(3).standard_normal((2, 4, 5, 6)).astype(np.float16)
     assert resample_logits(logits, (5, 5, 7), LINEAR, **ISOTROPIC).dtype == np.float16
