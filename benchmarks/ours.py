@@ -13,9 +13,15 @@ from panther_jax import losses, model, optim, steps
 from panther_jax.augment import policies
 from panther_jax.checkpoint import TrainState
 from panther_jax.config import LossConfig, OptimConfig
+from panther_jax.convolution import compiler_options
 from panther_jax.plans import Labels
 
 EPOCHS, STEPS_PER_EPOCH = 1000, 250
+
+
+def compiled(function: Callable[..., Any], **options: Any) -> Any:
+    """``jax.jit`` with the options that training and prediction use."""
+    return jax.jit(function, compiler_options=compiler_options(), **options)
 
 
 def make_task(size: networks.Size, dtype: str = "auto", policy: str = "none") -> steps.Task:
@@ -50,7 +56,7 @@ def train_step(size: networks.Size, task: steps.Task) -> tuple[Any, tuple[Any, .
     """The jitted step, and arguments for it."""
     image, label = (jnp.asarray(a) for a in networks.make_batch(size))
     arguments = make_state(size, task), steps.Batch(image, label), jax.random.key(1)
-    return jax.jit(steps.make_train_step(task), donate_argnums=0), arguments
+    return compiled(steps.make_train_step(task), donate_argnums=0), arguments
 
 
 class Works:
@@ -83,7 +89,7 @@ class Works:
 
     def _forward(self) -> Callable[[], Any]:
         params, image, _ = self._inputs()
-        run = self._compiled("forward", jax.jit(self.task.outputs), params, image)
+        run = self._compiled("forward", compiled(self.task.outputs), params, image)
         return lambda: jax.block_until_ready(run(params, image))
 
     def _gradient(self) -> Callable[[], Any]:
@@ -92,7 +98,7 @@ class Works:
         def objective(params: Any, image: Any, wanted: Any) -> Any:
             return self.task.loss_fn(self.task.outputs(params, image), wanted)
 
-        function = jax.jit(jax.value_and_grad(objective))
+        function = compiled(jax.value_and_grad(objective))
         run = self._compiled("gradient", function, params, image, wanted)
         return lambda: jax.block_until_ready(run(params, image, wanted))
 

@@ -1,9 +1,9 @@
 """The one convolution of the network, its transposed form and its pooling (spec 08 §8.1-8.2, 08a).
 
 Activations are ``(batch, *spatial, channel)``, kernels ``(*kernel, in, out)``; spatial is z, y, x
-or y, x. Two formulations of a 3-D convolution, equal up to summation order: ``xla`` is the direct
-one; ``dshift2d`` sums 2-D convolutions of shifted depth slices, which XLA runs fast on a CPU,
-where it has no fast 3-D one. ``dshift2d`` merges batch and depth: not for patches that are split.
+or y, x. Two formulations of a 3-D convolution, equal up to rounding: ``xla`` is the direct one;
+``dshift2d`` (:mod:`panther_jax.cpu_convolution`) is made of 2-D convolutions of depth slices, which
+XLA runs fast on a CPU. It merges batch and depth: not for patches that are split.
 
 Under ``jax.vmap`` a convolution becomes one a member, or one with the members folded into batch or
 channels, but never a grouped one, which is slow everywhere. Reverse mode only, once.
@@ -12,7 +12,7 @@ channels, but never a grouped one, which is slow everywhere. Reverse mode only, 
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import cache, lru_cache, partial
 from typing import Any, Literal
 
 import jax
@@ -21,21 +21,38 @@ from jax import lax
 from jax.custom_batching import custom_vmap
 from jaxtyping import Array, Float
 
+from panther_jax import cpu_convolution
+
 Backend = Literal["xla", "dshift2d"]
 
 # Up to so many members are written out side by side, more run in a loop inside the program:
 # compile time grows with their number (spec 08a §A.3), and loops cost dshift2d's gradient (§A.2).
 MAX_UNROLLED = 8
 
-# The kernel's gradient of large planes is summed over chunks of voxels that stay in the cache, in
-# two loops that run side by side (benchmarks/LOG.md); of small planes XLA's own is as fast.
-CHUNKED_PLANE = 1024
-CHUNK, CHUNK_LOOPS = 512, 2
+CPU_LIBRARY_OPTION = "xla_cpu_experimental_ynn_fusion_type"
 
 
 def default_backend(space: int = 1) -> Backend:
     """``dshift2d`` on a CPU unless ``space`` devices share a patch; ``xla`` everywhere else."""
     return "dshift2d" if jax.default_backend() == "cpu" and space == 1 else "xla"
+
+
+@cache
+def compiler_options() -> dict[str, str]:
+    """Options of ``jax.jit`` for a program with convolutions; none where XLA does not know them.
+
+    On a CPU XLA gives 2-D convolutions to a library that runs each on one thread; sums and products
+    are fast there, and stay.
+    """
+    if jax.default_backend() != "cpu":
+        return {}
+    options = {CPU_LIBRARY_OPTION: "LIBRARY_FUSION_TYPE_DOT,LIBRARY_FUSION_TYPE_REDUCE"}
+    try:
+        number = jax.ShapeDtypeStruct((), jnp.float32)
+        jax.jit(lambda x: x, compiler_options=options).lower(number).compile()
+    except jax.errors.JaxRuntimeError:  # another version
+        return {}
+    return options
 
 
 def convolve(
@@ -70,12 +87,9 @@ class _Problem:
     backend: Backend
 
     @property
-    def shifts_depth(self) -> bool:
-        return len(self.kernel_size) == 3 and self.backend == "dshift2d"
-
-    @property
-    def keeps_size(self) -> bool:
-        return all(s == 1 for s in self.stride) and all(k % 2 == 1 for k in self.kernel_size)
+    def in_planes(self) -> bool:
+        odd = all(k % 2 == 1 for k in self.kernel_size)
+        return odd and len(self.kernel_size) == 3 and self.backend == "dshift2d"
 
 
 # spec 08a §A.1: reverse mode does not pass through custom_vmap, so custom_vjp has to be outside.
@@ -178,81 +192,26 @@ def _varying(x: Array, axes: frozenset[str]) -> Array:
 
 
 def _convolve(problem: _Problem, x: Array, kernel: Array) -> Array:
-    if not problem.shifts_depth:
-        return _direct(x, kernel, problem.stride)
-    # One wide convolution is two to three times as fast as three narrow ones, for the gradient of
-    # the input too; for the kernel's gradient the shifted inputs are.
-    if problem.keeps_size:
-        return _planes_then_sum(x, kernel)
-    return _sum_of_planes(x, kernel, problem.stride)
+    if problem.in_planes:
+        return cpu_convolution.convolve(x, kernel, problem.stride)
+    return _direct(x, kernel, problem.stride)
 
 
 def _input_grad(problem: _Problem, grad: Array, kernel: Array) -> Array:
-    if problem.shifts_depth and problem.keeps_size:
-        transposed = jnp.flip(kernel, (0, 1, 2)).swapaxes(-1, -2)
-        return _planes_then_sum(grad, transposed)
+    if problem.in_planes:
+        return cpu_convolution.input_grad(grad, kernel, problem.stride, problem.space_in)
     shape = (grad.shape[0], *problem.space_in, kernel.shape[-2])
     zeros = _varying(jnp.zeros(shape, grad.dtype), _varying_axes(grad))
-    return jax.vjp(lambda x: _convolve(problem, x, kernel), zeros)[1](grad)[0]
+    return jax.vjp(lambda x: _direct(x, kernel, problem.stride), zeros)[1](grad)[0]
 
 
 def _kernel_grad(problem: _Problem, x: Array, grad: Array) -> Array:
-    large = math.prod(problem.space_in[1:]) >= CHUNKED_PLANE
-    if problem.shifts_depth and problem.keeps_size and large:
-        return _kernel_grad_in_chunks(problem.kernel_size, x, grad)
-    shape = (*problem.kernel_size, x.shape[-1], grad.shape[-1])
+    size = problem.kernel_size
+    if problem.in_planes:
+        return cpu_convolution.kernel_grad(x, grad, size, problem.stride)
+    shape = (*size, x.shape[-1], grad.shape[-1])
     zeros = _varying(jnp.zeros(shape, grad.dtype), _varying_axes(grad))
-    formulation = _sum_of_planes if problem.shifts_depth else _direct
-    return jax.vjp(lambda kernel: formulation(x, kernel, problem.stride), zeros)[1](grad)[0]
-
-
-def _kernel_grad_in_chunks(size: tuple[int, ...], x: Array, grad: Array) -> Array:
-    """Products of shifted inputs and gradients, chunk after chunk of the voxels in a row.
-
-    With zeros at the end of every axis, which serve the next row as its start too, a tap of the
-    kernel is a shift along the one row of all voxels.
-    """
-    cin, cout = x.shape[-1], grad.shape[-1]
-    ends = tuple((k - 1) // 2 for k in size)
-    padded = [n + end for n, end in zip(x.shape[1:-1], ends, strict=True)]
-    row, plane = padded[2], padded[1] * padded[2]
-    reach, depth_reach = ends[1] * row + ends[2], ends[0] * plane
-    voxels = x.shape[0] * padded[0] * plane
-    steps = -(-voxels // (CHUNK * CHUNK_LOOPS))
-    rest = steps * CHUNK * CHUNK_LOOPS - voxels
-
-    def in_a_row(array: Array, around: int) -> Array:
-        array = jnp.pad(array, [(0, 0), *((0, end) for end in ends), (0, 0)])
-        return jnp.pad(array.reshape(voxels, -1), [(around, around + rest), (0, 0)])
-
-    inputs, grads = in_a_row(x, reach), in_a_row(grad, depth_reach)
-    shifts = [a * row + b for a in range(size[1]) for b in range(size[2])]
-
-    def one_chunk(start: Array) -> Array:
-        back = [
-            lax.dynamic_slice(grads, (start + 2 * depth_reach - t * plane, 0), (CHUNK, cout))
-            for t in range(size[0])
-        ]
-        side_by_side = jnp.concatenate(back, -1)
-        taps = [lax.dynamic_slice(inputs, (start + s, 0), (CHUNK, cin)) for s in shifts]
-        return jnp.stack([_summed_products(tap, side_by_side) for tap in taps])
-
-    def one_loop(number: int) -> Array:
-        total = jnp.zeros((len(shifts), cin, size[0] * cout), jnp.float32)
-        total = _varying(total, _varying_axes(grad) | _varying_axes(x))
-        first = number * steps
-        return lax.fori_loop(0, steps, lambda i, t: t + one_chunk((first + i) * CHUNK), total)
-
-    total = one_loop(0)
-    for number in range(1, CHUNK_LOOPS):
-        total = total + one_loop(number)
-    total = total.reshape(size[1], size[2], cin, size[0], cout)
-    return jnp.moveaxis(total, 3, 0).astype(grad.dtype)
-
-
-def _summed_products(a: Array, b: Array) -> Array:
-    """Sum over rows of their outer products, float32."""
-    return lax.dot_general(a, b, (((0,), (0,)), ((), ())), preferred_element_type=jnp.float32)
+    return jax.vjp(lambda kernel: _direct(x, kernel, problem.stride), zeros)[1](grad)[0]
 
 
 def _direct(x: Array, kernel: Array, stride: tuple[int, ...]) -> Array:
@@ -267,44 +226,6 @@ def _direct(x: Array, kernel: Array, stride: tuple[int, ...]) -> Array:
     )
 
 
-def _sum_of_planes(x: Array, kernel: Array, stride: tuple[int, ...]) -> Array:
-    """Shift the input in depth, convolve each shift with its plane of the kernel, add up."""
-    batch, depth = x.shape[:2]
-    taps, (step, *plane_stride) = kernel.shape[0], stride
-    pad = (taps - 1) // 2
-    depth_out = (depth + 2 * pad - taps) // step + 1
-    if pad:
-        x = jnp.pad(x, [(0, 0), (pad, pad), (0, 0), (0, 0), (0, 0)])
-    total = None
-    for tap in range(taps):
-        slices = lax.slice_in_dim(x, tap, tap + (depth_out - 1) * step + 1, step, axis=1)
-        plane = _direct(
-            slices.reshape(batch * depth_out, *slices.shape[2:]), kernel[tap], tuple(plane_stride)
-        )
-        total = plane if total is None else total + plane
-    assert total is not None
-    return total.reshape(batch, depth_out, *total.shape[1:])
-
-
-def _planes_then_sum(x: Array, kernel: Array) -> Array:
-    """Convolve once with all planes of the kernel side by side, then shift the results and add."""
-    batch, depth = x.shape[:2]
-    taps, channels = kernel.shape[0], kernel.shape[-1]
-    side_by_side = jnp.moveaxis(kernel, 0, -2).reshape(*kernel.shape[1:4], taps * channels)
-    planes = _direct(x.reshape(batch * depth, *x.shape[2:]), side_by_side, (1, 1))
-    planes = planes.reshape(batch, depth, *planes.shape[1:])
-    total = None
-    for tap in range(taps):
-        shift = tap - (taps - 1) // 2  # output slice d takes this plane's result at d + shift
-        plane = planes[..., tap * channels : (tap + 1) * channels]
-        inside = plane[:, max(shift, 0) : depth + min(shift, 0)]
-        padding = [(0, 0), (min(max(-shift, 0), depth), min(max(shift, 0), depth))]
-        plane = jnp.pad(inside, padding + [(0, 0)] * 3) if shift else plane
-        total = plane if total is None else total + plane
-    assert total is not None
-    return total
-
-
 def upsample(
     x: Float[Array, "batch *space_in cin"], kernel: Float[Array, "*kernel cin cout"]
 ) -> Float[Array, "batch *space_out cout"]:
@@ -312,21 +233,23 @@ def upsample(
 
     The kernel is torch's with its first two axes moved to the end, not flipped (spec 01 §2.4).
     """
-    size = kernel.shape[:-2]
-    kernel = kernel.astype(x.dtype)
-    if len(size) == 3:
-        y = jnp.einsum("ndhwi,abcio->ndahbwco", x, kernel)
-    else:
-        y = jnp.einsum("nhwi,bcio->nhbwco", x, kernel)
-    spatial = tuple(n * k for n, k in zip(x.shape[1:-1], size, strict=True))
-    return y.reshape(x.shape[0], *spatial, kernel.shape[-1])
+    size, channels = kernel.shape[:-2], kernel.shape[-2:]
+    axes = len(size)
+    # A product of two matrices: of einsum's many axes XLA makes transposes, most of all backwards.
+    taps = jnp.moveaxis(kernel.astype(x.dtype), -2, 0).reshape(channels[0], -1)
+    y = (x.reshape(-1, channels[0]) @ taps).reshape(*x.shape[:-1], *size, channels[1])
+    order = [0, *(a for axis in range(axes) for a in (1 + axis, 1 + axes + axis)), 1 + 2 * axes]
+    spatial = [n * k for n, k in zip(x.shape[1:-1], size, strict=True)]
+    return y.transpose(order).reshape(x.shape[0], *spatial, channels[1])
 
 
 def average_pool(
     x: Float[Array, "batch *space_in channel"], stride: Sequence[int]
 ) -> Float[Array, "batch *space_out channel"]:
     """Mean over non-overlapping windows of ``stride``; the rest of an odd size is dropped."""
-    window = (1, *stride, 1)
-    # A Python number as the initial value: a traced one has no reverse-mode rule (spec 08 R10).
-    total = lax.reduce_window(x, 0.0, lax.add, window, window, "VALID")
-    return total / math.prod(stride)
+    counts = [n // s for n, s in zip(x.shape[1:-1], stride, strict=True)]
+    whole = [slice(0, n * s) for n, s in zip(counts, stride, strict=True)]
+    # Not reduce_window: its gradient is another one, over an array with holes.
+    windows = [size for pair in zip(counts, stride, strict=True) for size in pair]
+    windows = x[:, *whole].reshape(x.shape[0], *windows, x.shape[-1])
+    return windows.mean(tuple(range(2, windows.ndim, 2)))

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
 
+from panther_jax.convolution import compiler_options
 from panther_jax.tiles import (
     Starts,
     batches,
@@ -132,7 +133,8 @@ def make_predictor(
     weights = importance_map(tile) if gaussian else np.ones(tile, np.float16)
     weights = weights.reshape(window)
     batch = tile_batch or default_tile_batch(tile)
-    run = _mirrored(jax.jit(forward), mirror_combinations(mirror_axes))
+    network = jax.jit(forward, compiler_options=compiler_options())
+    run = _mirrored(network, mirror_combinations(mirror_axes))
     engine = _Engine(
         on_device=_device_accumulation(run, weights, num_outputs, batch, tile),
         on_host=_host_accumulation(run, weights, num_outputs, batch, tile),

@@ -17,7 +17,7 @@ MAX_FILE_LINES, MAX_FUNCTION_LINES, MAX_TRAIN_LINES = 600, 60, 450
 
 # A module may import modules of earlier rows, and those of its own row that stand before it.
 LEVELS = (
-    ("architecture", "plans", "log", "pictures", "command", "places"),
+    ("architecture", "plans", "log", "pictures", "command", "places", "cpu_convolution"),
     ("config", "recipe", "completeness", "checksums", "imageio", "convolution"),
     ("resampling", "label_resampling", "metrics", "losses", "optim", "model"),
     ("augment.intensity", "augment.spatial", "augment.local", "augment.fork", "augment.targets"),

@@ -1,4 +1,4 @@
-"""Both formulations of the convolution agree with a direct sum; so do up-sampling and pooling.
+"""All forms of the convolution agree with a direct sum; so do up-sampling and pooling.
 
 Ensembles of convolutions equal a loop over their members and are never grouped (spec 08a §A.1).
 """
@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from panther_jax import convolution
+from panther_jax import convolution, cpu_convolution
 from panther_jax.convolution import average_pool, convolve, upsample
 
 
@@ -43,14 +43,33 @@ CASES = [
     ((4, 6, 6), (3, 2, 2), (1, 1, 1)),
     ((5, 4, 6), (2, 3, 2), (2, 1, 2)),
     ((6, 8), (3, 3), (2, 2)),
-    ((3, 33, 32), (3, 3, 3), (1, 1, 1)),  # large planes: the kernel's gradient in chunks
-    ((2, 32, 40), (5, 3, 1), (1, 1, 1)),
+    ((3, 13, 12), (3, 3, 3), (1, 1, 1)),
+    ((9, 4, 6), (3, 3, 3), (1, 1, 1)),
+    ((7, 8, 9), (3, 5, 7), (3, 2, 4)),
+    ((5, 4, 6), (1, 1, 1), (2, 2, 2)),
+    ((2, 9, 8), (5, 3, 1), (1, 1, 1)),
 ]
+FORMS = {
+    # name: backend, few channels, channels and voxels from which Winograd is used
+    "xla": ("xla", 0, 0, 0),
+    "taps": ("dshift2d", 9, 99, 0),
+    "planes": ("dshift2d", 0, 99, 0),
+    "winograd": ("dshift2d", 0, 0, 0),
+}
 
 
-@pytest.mark.parametrize("backend", ["xla", "dshift2d"])
+def set_form(monkeypatch, name):
+    backend, few, channels, voxels = FORMS[name]
+    monkeypatch.setattr(cpu_convolution, "FEW_CHANNELS", few)
+    monkeypatch.setattr(cpu_convolution, "WINOGRAD_CHANNELS", channels)
+    monkeypatch.setattr(cpu_convolution, "WINOGRAD_VOXELS", voxels)
+    return backend
+
+
+@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize(("shape", "size", "stride"), CASES)
-def test_convolution_and_its_gradients(shape, size, stride, backend):
+def test_convolution_and_its_gradients(shape, size, stride, form, monkeypatch):
+    backend = set_form(monkeypatch, form)
     rng = np.random.default_rng(0)
     x = jnp.asarray(rng.normal(size=(2, *shape, 3)), jnp.float32)
     kernel = jnp.asarray(rng.normal(size=(*size, 3, 4)), jnp.float32)
@@ -73,6 +92,19 @@ def test_convolution_and_its_gradients(shape, size, stride, backend):
             assert float(np.sum(np.asarray(grad, np.float64) * direction)) == pytest.approx(
                 slope, abs=2e-3
             )
+
+
+@pytest.mark.parametrize("tile", [2, 3, 4])
+def test_winograd_is_exact_and_keeps_rounding_small(tile):
+    output, taps, values = cpu_convolution.winograd_matrices(tile)
+    rng = np.random.default_rng(0)
+    x, kernel = rng.normal(size=(tile + 2, 500)), rng.normal(size=(3, 500))
+    expected = sum(x[t : t + tile] * kernel[t] for t in range(3))
+    assert np.abs(output @ ((taps @ kernel) * (values @ x)) - expected).max() < 1e-13
+    single = [a.astype(np.float32) for a in (output, taps, values, x, kernel)]
+    found = single[0] @ ((single[1] @ single[4]) * (single[2] @ single[3]))
+    # plain sums of three products in float32 are off by about 5e-8 of the result's spread
+    assert np.sqrt(np.mean((found - expected) ** 2)) < 5e-7 * expected.std()
 
 
 @pytest.mark.parametrize("stride", [(2, 2, 2), (1, 2, 2), (2, 1, 3), (2, 2)])
@@ -104,6 +136,12 @@ def test_pooling_averages_and_drops_the_rest():
 BACKENDS = ("xla", "dshift2d")
 NUM_MEMBERS = 2
 STRIDES = ((1, 1, 1), (2, 2, 2))
+
+
+@pytest.fixture(autouse=True)
+def convolutions_of_few_channels_too(monkeypatch):
+    """The nets here have so few channels that they would be sums of taps."""
+    monkeypatch.setattr(cpu_convolution, "FEW_CHANNELS", 0)
 
 
 def tiny_net(backend, params, x, named=lambda y: y):
