@@ -1,20 +1,17 @@
-"""Batches: which cases, which patches, cut on the host by Grain's threads (spec 03 §4, 07 §7.6).
+"""Batches: which cases, which patches, made by Grain's threads (spec 03 §4, 07 §7.6).
 
-What sample ``i`` of step ``n`` holds is a function of (seed, fold, stream, n, i) and nothing else:
-step n can be made without the steps before it, resuming is exact, and the numbers depend neither
-on the number of threads nor on that of processes.
+The host cuts the patches, or only says where they lie in cases that the device holds. What sample
+``i`` of step ``n`` holds is a function of (seed, fold, stream, n, i) and nothing else: step n can
+be made without the steps before it, resuming is exact, and the numbers depend neither on the number
+of threads nor on that of processes.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Float, Int
-
-from panther_jax.config import TrainConfig
-from panther_jax.log import announced
-from panther_jax.store import Store, fold_cases, read_stored
 
 TRAIN_STREAM, VALIDATION_STREAM, INIT_STREAM = 0, 1, 2
 FOLD_ALL = 1000
@@ -160,10 +157,37 @@ class Sampling:
     stream: Stream
     has_ignore: bool = False
 
+    @property
+    def size_zyx(self) -> tuple[int, ...]:
+        """Voxels of a patch along z, y, x; a planar one is a slice."""
+        return _solid(self.patch)
+
+    def rng(self, step: int, position: int) -> np.random.Generator:
+        """The generator of a sample; it draws the case first."""
+        return sample_rng(self.seed, self.fold, self.stream, step, position)
+
+    def start(
+        self,
+        rng: Draws,
+        position: int,
+        *,
+        shape: Sequence[int],
+        locations: Sequence[tuple[Any, Int[np.ndarray, "_ 3"]]],
+    ) -> tuple[int, ...]:
+        """Where the patch starts in the case drawn, z, y, x."""
+        forced = position >= num_random(self.batch_size, self.oversampling)
+        voxel = select_voxel(rng, locations, forced=forced, has_ignore=self.has_ignore)
+        bounds = start_range(shape, self.size_zyx, _solid(self.final_patch))
+        return patch_start(rng, bounds, self.size_zyx, voxel)
+
+
+def _solid(patch: tuple[int, ...]) -> tuple[int, ...]:
+    return (1, *patch) if len(patch) == 2 else patch
+
 
 @dataclass(frozen=True)
 class BatchSource:
-    """Batch n at index n: ``image`` (B, *patch, C) float32 and ``label`` (B, *patch, 1) int16.
+    """Patches: ``image`` (B, *patch, C) float32 and ``label`` (B, *patch, 1) int16.
 
     ``positions`` are the places of the global batch that this process makes.
     """
@@ -187,85 +211,66 @@ class BatchSource:
         self, step: int, position: int
     ) -> tuple[Float[np.ndarray, "..."], Int[np.ndarray, "..."]]:
         law = self.sampling
-        rng = sample_rng(law.seed, law.fold, law.stream, step, position)
+        rng = law.rng(step, position)
         case = self.cases[int(rng.choice(len(self.cases)))]
-        planar = len(law.patch) == 2
-        patch = (1, *law.patch) if planar else law.patch
-        final = (1, *law.final_patch) if planar else law.final_patch
-        forced = position >= num_random(law.batch_size, law.oversampling)
-        voxel = select_voxel(rng, case.locations, forced=forced, has_ignore=law.has_ignore)
-        start = patch_start(rng, start_range(case.label.shape, patch, final), patch, voxel)
-        image = crop_padded(case.image, start, patch, IMAGE_PADDING)
-        label = crop_padded(case.label, start, patch, LABEL_PADDING).astype(np.int16)
-        if planar:
+        start = law.start(rng, position, shape=case.label.shape, locations=case.locations)
+        image = crop_padded(case.image, start, law.size_zyx, IMAGE_PADDING)
+        label = crop_padded(case.label, start, law.size_zyx, LABEL_PADDING).astype(np.int16)
+        if len(law.patch) == 2:
             image, label = image[:, 0], label[0]
         return np.moveaxis(image, 0, -1).astype(np.float32, copy=False), label[..., None]
 
 
-def iterate(
-    source: BatchSource, *, first: int, num_threads: int, prefetch: int
-) -> Iterator[Mapping[str, np.ndarray]]:
-    """Batches from step ``first`` on, in order, made ahead by Grain's threads."""
-    import grain
+@dataclass(frozen=True)
+class Outline:
+    """What drawing needs of a case that the device holds; ``first_line`` is where it starts."""
 
-    dataset = grain.MapDataset.source(source)[first:]
-    options = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=prefetch)
-    return iter(dataset.to_iter_dataset(options))
+    first_line: int
+    shape: tuple[int, ...]
+    locations: Sequence[tuple[Any, np.ndarray]]
 
 
 @dataclass(frozen=True)
-class Streams:
-    """The batches of a fold, each from a training step on: for training, for online validation."""
+class BoxSource:
+    """Where the patches of :class:`BatchSource` lie: ``boxes`` (B, 7) int32.
 
-    train: Callable[[int], Iterator[Mapping[str, np.ndarray]]]
-    validation: Callable[[int], Iterator[Mapping[str, np.ndarray]]]
-
-
-def make_streams(
-    config: TrainConfig,
-    store: Store,
-    fold: int | Literal["all"],
-    *,
-    initial_patch: tuple[int, ...],
-    positions: tuple[int, ...] | None = None,
-) -> Streams:
-    """Open the cases of a fold and make its streams; training patches are ``initial_patch`` large.
-
-    ``positions`` are the places of the batch that this process makes; None makes all of them.
-
-    Cases are read whole if ``data.resident`` is ``host``, else patches come from the files.
+    A box is the case's first line on the device, its shape z, y, x, and the patch's start z, y, x.
     """
-    data, loop = config.data, config.loop
-    train_ids, validation_ids = fold_cases(store, fold)
-    resident = data.resident == "host"
-    with announced(f"reading {len(train_ids)} training and {len(validation_ids)} validation cases"):
-        cases = {i: read_stored(store, i, resident=resident) for i in {*train_ids, *validation_ids}}
 
-    def stream(ids: Sequence[str], kind: Stream, patch: tuple[int, ...], steps: int) -> BatchSource:
-        sampling = Sampling(
-            patch=patch,
-            final_patch=store.plans.patch_size,
-            batch_size=data.batch_size,
-            oversampling=data.foreground_oversampling,
-            seed=loop.seed,
-            fold=fold_code(fold),
-            stream=kind,
-            has_ignore=store.labels.ignore_id is not None,
-        )
-        places = tuple(range(data.batch_size)) if positions is None else positions
-        return BatchSource([cases[i] for i in ids], sampling, steps, places)
+    cases: Sequence[Outline]
+    sampling: Sampling
+    num_steps: int
+    positions: tuple[int, ...]
 
-    train = stream(train_ids, TRAIN_STREAM, initial_patch, loop.total_steps)
-    validation = stream(
-        validation_ids,
-        VALIDATION_STREAM,
-        store.plans.patch_size,
-        loop.epochs * loop.validation_steps,
-    )
-    options = {"num_threads": data.num_threads, "prefetch": data.prefetch_batches}
-    return Streams(
-        train=lambda step: iterate(train, first=step, **options),
-        validation=lambda step: iterate(
-            validation, first=step // loop.steps_per_epoch * loop.validation_steps, **options
-        ),
-    )
+    def __len__(self) -> int:
+        return self.num_steps
+
+    def __getitem__(self, index: int) -> Mapping[str, np.ndarray]:
+        return {"boxes": np.array([self._box(int(index), i) for i in self.positions], np.int32)}
+
+    def _box(self, step: int, position: int) -> tuple[int, ...]:
+        rng = self.sampling.rng(step, position)
+        case = self.cases[int(rng.choice(len(self.cases)))]
+        start = self.sampling.start(rng, position, shape=case.shape, locations=case.locations)
+        return case.first_line, *case.shape, *start
+
+
+def iterate(
+    source: BatchSource | BoxSource,
+    *,
+    first: int,
+    num_threads: int,
+    prefetch: int,
+    per_call: int = 1,
+) -> Iterator[Mapping[str, np.ndarray]]:
+    """Batches from step ``first`` on, in order, made ahead by Grain's threads.
+
+    With ``per_call`` > 1 as many batches come at a time, stacked on a new first axis.
+    """
+    import grain
+
+    dataset = grain.MapDataset.source(source)[first:]
+    if per_call > 1:
+        dataset, prefetch = dataset.batch(per_call), -(-prefetch // per_call)
+    options = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=prefetch)
+    return iter(dataset.to_iter_dataset(options))

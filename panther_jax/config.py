@@ -68,8 +68,10 @@ class DataConfig:
     """Resampling of the plans: `torch` linear, or `spline` of order 3 (labels 1), separate z."""
     foreground_oversampling: float = 0.33
     """Share of each batch, its last samples, that is centred on a foreground voxel."""
-    resident: Literal["host", "stream"] = "host"
-    """Cases are read once into host memory, or patch by patch from memory-mapped files."""
+    resident: Literal["auto", "device", "host", "stream"] = "auto"
+    """Where the cases are: in device memory, where patches are cut; in host memory; in files, read
+    patch by patch. `auto` takes the first that fits: an accelerator's memory if they need at most a
+    quarter of it, half of the host's free memory, files. Never changes the numbers."""
     num_threads: int = 4
     """Threads that cut patches."""
     prefetch_batches: int = 4
@@ -203,6 +205,10 @@ class LoopConfig:
     """Epochs; an epoch is a fixed number of steps, not a pass over the data."""
     steps_per_epoch: int = 250
     """Training steps an epoch."""
+    steps_per_call: int = 1
+    """Training steps in one call of the device, a divisor of `steps_per_epoch`: the host speaks to
+    it that much less often. Signals and checkpoints wait for the end of a call. Cases that are not
+    in device memory send so many batches at once. Changes results by rounding only."""
     validation_steps: int = 50
     """Online validation steps an epoch (pseudo-Dice)."""
     seed: int = 0
@@ -217,9 +223,14 @@ class LoopConfig:
     """Keep compiled programs in ~/.cache/panther_jax/xla (or JAX_COMPILATION_CACHE_DIR)."""
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "steps_per_epoch", "checkpoint_every_epochs"):
+        for name in ("epochs", "steps_per_epoch", "steps_per_call", "checkpoint_every_epochs"):
             value = getattr(self, name)
             _require(value >= 1, f"loop.{name} must be at least 1, found {value}")
+        _require(
+            self.steps_per_epoch % self.steps_per_call == 0,
+            f"loop.steps_per_call must divide loop.steps_per_epoch {self.steps_per_epoch}, found "
+            f"{self.steps_per_call}",
+        )
         _require(
             self.validation_steps >= 1,
             f"loop.validation_steps must be at least 1, found {self.validation_steps}",
@@ -370,7 +381,7 @@ def demo(config: TrainConfig) -> TrainConfig:
             spacing_mm=(3.0, 3.0, 3.0),
             patch_size=(16, 48, 48),
             batch_size=2,
-            resident="host",
+            resident="auto",
         ),
         augment=replace(config.augment, policy=policy),
         arch=replace(
@@ -382,7 +393,9 @@ def demo(config: TrainConfig) -> TrainConfig:
             decoder_convs=(1, 1, 1),
         ),
         optim=replace(config.optim, optimizer="adamw", amsgrad=False, lr=5e-3, schedule="poly"),
-        loop=replace(config.loop, epochs=16, steps_per_epoch=40, validation_steps=6),
+        loop=replace(
+            config.loop, epochs=16, steps_per_epoch=40, steps_per_call=1, validation_steps=6
+        ),
         init=replace(config.init, bundle=None),
     )
 

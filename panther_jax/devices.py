@@ -130,20 +130,26 @@ def positions(mesh: jax.sharding.Mesh, batch_size: int) -> tuple[int, ...]:
 
 
 def put_batch(
-    arrays: Mapping[str, np.ndarray], mesh: jax.sharding.Mesh, batch_size: int
+    arrays: Mapping[str, np.ndarray],
+    mesh: jax.sharding.Mesh,
+    batch_size: int,
+    *,
+    batch_axis: int = 0,
 ) -> dict[str, jax.Array]:
     """A batch on the devices, split along ``data``; ``arrays`` hold this process's positions."""
-    sharding = jax.NamedSharding(mesh, jax.P("data"))
+    steps = (None,) * batch_axis
+    sharding = jax.NamedSharding(mesh, jax.P(*steps, "data"))
     if jax.process_count() == 1:
         return jax.device_put(dict(arrays), sharding)
     first = positions(mesh, batch_size)[0]
 
     def placed(array: np.ndarray) -> jax.Array:
         def piece(index: Any) -> np.ndarray:
-            start, stop, _ = index[0].indices(batch_size)
-            return array[start - first : stop - first]
+            start, stop, _ = index[batch_axis].indices(batch_size)
+            return array[(*index[:batch_axis], slice(start - first, stop - first))]
 
-        return jax.make_array_from_callback((batch_size, *array.shape[1:]), sharding, piece)
+        shape = (*array.shape[:batch_axis], batch_size, *array.shape[batch_axis + 1 :])
+        return jax.make_array_from_callback(shape, sharding, piece)
 
     with jax.transfer_guard("allow"):  # the loop's guard takes this one for an accident
         return {name: placed(array) for name, array in arrays.items()}
@@ -177,6 +183,39 @@ def split_patches(mesh: jax.sharding.Mesh) -> Any:
 def on_one_device(tree: Any) -> Any:
     """Replicated arrays as this process's own, on its first device."""
     return jax.tree.map(lambda array: array.addressable_data(0), tree)
+
+
+# -------------------------------------------------------------------------------------- memory
+
+
+def available_memory() -> int | None:
+    """Bytes of memory that a process can have: of the machine, or of its container."""
+    limits = []
+    try:
+        for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
+            if line.startswith("MemAvailable:"):
+                limits.append(1024 * int(line.split()[1]))
+        limit, stat = (Path(f"/sys/fs/cgroup/memory.{n}").read_text() for n in ("max", "stat"))
+        if limit.strip() != "max":
+            used = dict(line.split() for line in stat.splitlines())["anon"]  # caches make room
+            limits.append(int(limit) - int(used))
+    except (OSError, ValueError, KeyError):
+        pass  # another system, or an older kind of group: what was found so far counts
+    return min(limits) if limits else None
+
+
+def memory_limit(device: Any) -> int | None:
+    """Bytes of memory that arrays on an accelerator can have in all; None where not known."""
+    limit = (device.memory_stats() or {}).get("bytes_limit")
+    return None if limit is None else int(limit)
+
+
+def free_memory(device: Any) -> int | None:
+    """Free bytes of a device, of the machine for a CPU; None where it is not known."""
+    limit = memory_limit(device)
+    if limit is not None:
+        return limit - int((device.memory_stats() or {}).get("bytes_in_use", 0))
+    return available_memory() if device.platform == "cpu" else None
 
 
 # ----------------------------------------------------------------------------------- processes

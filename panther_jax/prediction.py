@@ -8,7 +8,6 @@ import logging
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Literal
 
 import jax
@@ -17,7 +16,7 @@ from jaxtyping import Float
 
 from panther_jax import export, strategies
 from panther_jax.combination import decide
-from panther_jax.devices import AXES, replicate, split_patches
+from panther_jax.devices import AXES, available_memory, replicate, split_patches
 from panther_jax.inference import Place, default_tile_batch, host_bytes, make_predictor
 from panther_jax.members import PREPROCESSING, Ensemble, Model
 from panther_jax.model import Execution, Net, apply
@@ -370,19 +369,3 @@ def _extent(image: np.ndarray) -> tuple[int, ...]:
         where = np.flatnonzero(occupied.any(axis=tuple(a for a in range(3) if a != axis)))
         sizes.append(int(where[-1] - where[0]) + 1 if where.size else image.shape[1 + axis])
     return tuple(sizes)
-
-
-def available_memory() -> int | None:
-    """Bytes of memory that a process can have: of the machine, or of its container."""
-    limits = []
-    try:
-        for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
-            if line.startswith("MemAvailable:"):
-                limits.append(1024 * int(line.split()[1]))
-        limit, stat = (Path(f"/sys/fs/cgroup/memory.{n}").read_text() for n in ("max", "stat"))
-        if limit.strip() != "max":
-            used = dict(line.split() for line in stat.splitlines())["anon"]  # caches make room
-            limits.append(int(limit) - int(used))
-    except (OSError, ValueError, KeyError):
-        pass  # another system, or an older kind of group: what was found so far counts
-    return min(limits) if limits else None

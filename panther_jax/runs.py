@@ -35,6 +35,8 @@ DEMO_SEEDS = {"t2": 0, "t1": 1, "ct": 2}
 """Other patients in every modality: a stage must not have seen those that a later one validates."""
 FREE_SECTIONS = ("log", "validation", "devices")
 """Config sections that may change between sessions of a run: they do not touch the training."""
+FREE_DATA_FIELDS = ("resident", "num_threads", "prefetch_batches")
+"""Likewise: how batches get to the device, not what they hold."""
 EXAMPLE = "python -m panther_jax.train --config mri_t2.py --demo"
 
 Fold = int | Literal["all"]
@@ -417,7 +419,8 @@ def _stored_config(path: Path) -> TrainConfig:
 
 
 def _fixed(settings: dict[str, Any]) -> dict[str, Any]:
-    return {k: v for k, v in settings.items() if k not in FREE_SECTIONS}
+    fixed = {k: v for k, v in settings.items() if k not in FREE_SECTIONS}
+    return {**fixed, "data": {k: v for k, v in fixed["data"].items() if k not in FREE_DATA_FIELDS}}
 
 
 def record(folder: Path, entries: dict[str, Any]) -> None:

@@ -16,16 +16,8 @@ from panther_jax.augment import policies, targets
 from panther_jax.checkpoint import TrainState
 from panther_jax.config import ConfigError, TrainConfig
 from panther_jax.plans import Labels
+from panther_jax.resident import AnyBatch, Batch
 from panther_jax.store import Store
-
-
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class Batch:
-    """Patches on the device: ``image`` (B, *patch, C) float32, ``label`` (B, *patch, 1)."""
-
-    image: Any
-    label: Any
 
 
 @dataclass(frozen=True)
@@ -60,14 +52,18 @@ class Task:
 
 def make_train_step(
     task: Task,
-) -> Callable[[TrainState, Batch, Key[Array, ""]], tuple[TrainState, dict[str, Array]]]:
-    """Make the update: augment, predict, loss, clip, optimise. Pure; jit it, donating the state."""
+) -> Callable[[TrainState, AnyBatch, Key[Array, ""]], tuple[TrainState, dict[str, Array]]]:
+    """Make the update: cut, augment, predict, loss, clip, optimise.
+
+    Pure; jit it, donating the state.
+    """
 
     def train_step(
-        state: TrainState, batch: Batch, seed_key: Key[Array, ""]
+        state: TrainState, batch: AnyBatch, seed_key: Key[Array, ""]
     ) -> tuple[TrainState, dict[str, Array]]:
         key = jax.random.fold_in(seed_key, state.step)
-        image, label = task.augment(key, batch.image, batch.label)
+        patches: Batch = batch.cut()
+        image, label = task.augment(key, patches.image, patches.label)
         image, label = task.split(image), task.split(label)
         wanted = task.targets(label)
 
@@ -83,16 +79,34 @@ def make_train_step(
     return train_step
 
 
+def make_train_steps(
+    task: Task,
+) -> Callable[[TrainState, AnyBatch, Key[Array, ""]], tuple[TrainState, dict[str, Array]]]:
+    """Make several updates in one: batches and what is returned have a leading axis of steps."""
+    train_step = make_train_step(task)
+
+    def train_steps(
+        state: TrainState, batches: AnyBatch, seed_key: Key[Array, ""]
+    ) -> tuple[TrainState, dict[str, Array]]:
+        def one(state: TrainState, drawn: Any) -> tuple[TrainState, dict[str, Array]]:
+            return train_step(state, batches.of(drawn), seed_key)
+
+        return jax.lax.scan(one, state, batches.drawn)
+
+    return train_steps
+
+
 def make_validation_step(
     task: Task,
-) -> Callable[[model.Params, Batch], tuple[Array, tuple[Array, Array, Array]]]:
+) -> Callable[[model.Params, AnyBatch], tuple[Array, tuple[Array, Array, Array]]]:
     """Make the online validation: loss and voxel counts of a batch (spec 03 §5.1)."""
 
     def validation_step(
-        params: model.Params, batch: Batch
+        params: model.Params, batch: AnyBatch
     ) -> tuple[Array, tuple[Array, Array, Array]]:
-        wanted = task.targets(targets.remove_outside(task.split(batch.label)))
-        outputs = task.outputs(params, task.split(batch.image))
+        patches: Batch = batch.cut()
+        wanted = task.targets(targets.remove_outside(task.split(patches.label)))
+        outputs = task.outputs(params, task.split(patches.image))
         return (
             task.loss_fn(outputs, wanted),
             losses.pseudo_dice_counts(outputs[0], wanted[0], task.labels),

@@ -10,7 +10,6 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal, cast
 
 import jax
@@ -18,6 +17,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.sharding import AxisType, Mesh, NamedSharding
+
+from panther_jax.convolution import compiler_options
+from panther_jax.devices import free_memory
 
 LOGGER = logging.getLogger("panther_jax")
 
@@ -109,7 +111,7 @@ def _check_members(members: Sequence[Any]) -> None:
 def _arranged_loop(
     forward: Forward, members: Sequence[Any], why: str, device: Device
 ) -> Arrangement:
-    free = _free_bytes(device)
+    free = free_memory(device)
     if free is not None and len(members) * _num_bytes(members[0]) <= RESIDENT_SHARE * free:
         members = [jax.device_put(member, device) for member in members]
     return Arrangement("loop", why, forward, tuple(members), device)
@@ -215,8 +217,10 @@ def choose(
             "would pay"
         )
     first = jax.device_put(members[0], devices[0])
-    one = jax.jit(forward).lower(first, jax.ShapeDtypeStruct(tile_shape, jnp.float32)).compile()
-    free = _free_bytes(devices[0]) if free_bytes is None else free_bytes
+    options = compiler_options()
+    tile = jax.ShapeDtypeStruct(tile_shape, jnp.float32)
+    one = jax.jit(forward, compiler_options=options).lower(first, tile).compile()
+    free = free_memory(devices[0]) if free_bytes is None else free_bytes
     needed = _needed_bytes(num, _num_bytes(members[0]), _scratch_bytes(one), len(devices))
     candidates = _candidates(devices)
     fitting: list[Strategy]
@@ -275,7 +279,8 @@ def _try(
     mesh = _member_mesh(len(members), devices) if strategy == "shard" else None
     try:
         params = _placed(members, mesh, devices[0])
-        run = jax.jit(make_forward(strategy, forward, mesh=mesh))
+        network = make_forward(strategy, forward, mesh=mesh)
+        run = jax.jit(network, compiler_options=compiler_options())
         return _seconds(run, params, tile_shape)
     except jax.errors.JaxRuntimeError as error:
         if _EXHAUSTED not in str(error):
@@ -307,21 +312,6 @@ def _num_bytes(params: Any) -> int:
 def _scratch_bytes(compiled: Any) -> int:
     analysis = compiled.memory_analysis()  # None where the platform has no such analysis
     return int(getattr(analysis, "temp_size_in_bytes", 0) or 0)
-
-
-def _free_bytes(device: Device) -> int | None:
-    """Free memory of a device, of the machine for a CPU; None where it is not known."""
-    stats = device.memory_stats() or {}
-    if "bytes_limit" in stats:
-        return int(stats["bytes_limit"]) - int(stats.get("bytes_in_use", 0))
-    if device.platform != "cpu":
-        return None
-    try:
-        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-    except OSError:
-        return None
-    available = [line.split()[1] for line in lines if line.startswith("MemAvailable:")]
-    return 1024 * int(available[0]) if available else None
 
 
 def _gigabytes(count: int | None) -> str:

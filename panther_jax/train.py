@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Key
 
-from panther_jax import batches, devices, losses, model, optim, runs, steps
+from panther_jax import batches, devices, losses, model, optim, runs, steps, streams
 from panther_jax.augment import policies
 from panther_jax.checkpoint import (
     Checkpoints,
@@ -31,7 +31,8 @@ from panther_jax.checkpoint import (
     params_sha256,
     transfer,
 )
-from panther_jax.config import TrainConfig
+from panther_jax.config import ConfigError, TrainConfig
+from panther_jax.convolution import compiler_options
 from panther_jax.log import (
     Clock,
     MetricsFile,
@@ -44,6 +45,7 @@ from panther_jax.log import (
 )
 from panther_jax.pictures import plot_progress
 from panther_jax.plans import Plans
+from panther_jax.resident import AnyBatch
 from panther_jax.store import Store, fold_cases
 from panther_jax.validation import cases_to_validate, validate_checkpoints
 
@@ -75,32 +77,32 @@ class Loop:
     stop: runs.StopRequest
     train_step: Callable[..., Any]
     validation_step: Callable[..., Any]
-    to_device: Callable[[Mapping[str, np.ndarray]], steps.Batch]
-    streams: batches.Streams
+    streams: streams.Streams
     key: Key[Array, ""]
     board: Any = None
 
 
 def run_loop(loop: Loop, state: TrainState, counters: Counters) -> tuple[TrainState, Counters]:
-    """Train from ``counters.step`` to the end; saves as it goes.
+    """Train from ``counters.step`` to the end, ``steps_per_call`` at a time; saves as it goes.
 
     Raises:
         TrainingError: if loss or gradients stop being finite; nothing of that is saved.
         runs.Interrupted: after a signal, with the state saved.
     """
     plan, first = loop.config.loop, counters.step
+    per_call = plan.steps_per_call
     clock = Clock(Progress(plan.total_steps, first=first, label="step"))
     stream, validation = loop.streams.train(first), loop.streams.validation(first)
     pending: list[Mapping[str, Array]] = []
     with jax.transfer_guard("disallow"):
-        for done in range(first + 1, plan.total_steps + 1):
+        for done in range(first + per_call, plan.total_steps + 1, per_call):
             with clock.waiting():
-                batch = loop.to_device(next(stream))
-            state, step_metrics = loop.train_step(state, batch, loop.key)
-            pending.append(step_metrics)
+                batch = next(stream)
+            state, call_metrics = loop.train_step(state, batch, loop.key)
+            pending.append(call_metrics)
             epoch_ends = done % plan.steps_per_epoch == 0
             stop, save = _asked(loop, clock, done)
-            if epoch_ends or save or len(pending) >= loop.config.log.every_steps:
+            if epoch_ends or save or len(pending) * per_call >= loop.config.log.every_steps:
                 counters, pending = _collect(counters, pending, done), []
                 clock.progress.update(done, f"loss {counters.epoch_losses[-1]:.3f}")
             if epoch_ends:
@@ -121,9 +123,10 @@ def run_loop(loop: Loop, state: TrainState, counters: Counters) -> tuple[TrainSt
 
 def _asked(loop: Loop, clock: Clock, done: int) -> tuple[bool, bool]:
     """Whether to stop, and whether to save now; all processes get the same answer."""
-    if jax.process_count() > 1 and done % loop.config.log.every_steps:
-        return False, False  # they would have to wait for each other at every step
-    late = clock.since_save() > 60 * loop.config.loop.checkpoint_minutes
+    plan = loop.config.loop
+    if jax.process_count() > 1 and done % loop.config.log.every_steps >= plan.steps_per_call:
+        return False, False  # they would have to wait for each other at every call
+    late = clock.since_save() > 60 * plan.checkpoint_minutes
     stop, save = devices.any_process(bool(loop.stop.by), late)
     return stop, save or stop
 
@@ -135,20 +138,21 @@ def _save_due(done: int, plan: Any) -> bool:
 
 def _collect(counters: Counters, pending: Sequence[Mapping[str, Array]], done: int) -> Counters:
     """Fetch the losses of the last steps; the first that is not finite ends the run."""
-    fetched = jax.device_get(list(pending))
-    first = done - len(pending) + 1
-    for number, values in enumerate(fetched, start=first):
+    calls = jax.device_get(list(pending))
+    fetched = {name: np.hstack([call[name] for call in calls]).tolist() for name in calls[0]}
+    rows = zip(*fetched.values(), strict=True)
+    by_step = [dict(zip(fetched, row, strict=True)) for row in rows]
+    for number, values in enumerate(by_step, start=done - len(by_step) + 1):
         bad = [name for name, value in values.items() if not np.isfinite(value)]
         if bad:
             raise TrainingError(
                 f"{' and '.join(bad)} of step {number} is not finite "
-                f"({', '.join(f'{n} {v}' for n, v in values.items())}); the steps before were.\n"
+                f"({', '.join(f'{n} {v:g}' for n, v in values.items())}); the steps before were.\n"
                 "  The last checkpoint is from before. Lower --optim.lr, or look for broken "
                 "intensities with `python -m panther_jax.datasets check`."
             )
-    step_losses = tuple(float(values["loss"]) for values in fetched)
     return dataclasses.replace(
-        counters, step=done, epoch_losses=counters.epoch_losses + step_losses
+        counters, step=done, epoch_losses=(*counters.epoch_losses, *fetched["loss"])
     )
 
 
@@ -156,7 +160,7 @@ def _end_epoch(
     loop: Loop,
     state: TrainState,
     counters: Counters,
-    validation: Iterator[Mapping[str, np.ndarray]],
+    validation: Iterator[AnyBatch],
     clock: Clock,
 ) -> Counters:
     """Validate online, write the epoch's row and picture, save the best; the new counters."""
@@ -184,16 +188,13 @@ def _validate_epoch(
     loop: Loop,
     state: TrainState,
     counters: Counters,
-    validation: Iterator[Mapping[str, np.ndarray]],
+    validation: Iterator[AnyBatch],
 ) -> tuple[dict[str, Any], bool]:
     """The row of metrics.jsonl, and whether this epoch is the best so far."""
     plan = loop.config.loop
     epoch = counters.step // plan.steps_per_epoch - 1
     results = jax.device_get(
-        [
-            loop.validation_step(state.params, loop.to_device(next(validation)))
-            for _ in range(plan.validation_steps)
-        ]
+        [loop.validation_step(state.params, next(validation)) for _ in range(plan.validation_steps)]
     )
     tp, fp, fn = (np.sum([counts[i] for _, counts in results], axis=0) for i in range(3))
     dice = losses.pseudo_dice(tp, fp, fn)
@@ -237,7 +238,7 @@ def _tell(row: Mapping[str, Any], epochs: int, progress: Progress) -> None:
     if row["wait_share"] > WAIT_SHARE_HINT:
         LOGGER.info(
             "  the device waited for data; raise --data.num-threads or --data.prefetch-batches, "
-            "or set --data.resident host"
+            "or set --data.resident device, or host"
         )
 
 
@@ -266,6 +267,7 @@ def prepare(
     resumed = checkpoints.restore("final", fresh) or checkpoints.restore("latest", fresh)
     if resumed is not None:
         state, counters = resumed
+        _require_whole_calls(counters.step, config.loop.steps_per_call)
         checkpoints.drop_after(counters.step)
         LOGGER.info("resuming after step %d of %d", counters.step, config.loop.total_steps)
     else:
@@ -279,13 +281,11 @@ def prepare(
     records = folder if devices.is_primary() else Path(tempfile.mkdtemp(prefix="panther_jax_"))
     metrics = MetricsFile(records / "metrics.jsonl", resume_step=counters.step)
     patch = policies.patch_geometry(config.augment.policy, patch_size)
-    streams = batches.make_streams(
-        config,
-        store,
-        fold,
-        initial_patch=patch.initial_patch_size,
-        positions=devices.positions(mesh, batch_size),
+    made = streams.make_streams(
+        config, store, fold, initial_patch=patch.initial_patch_size, mesh=mesh
     )
+    compiled = functools.partial(jax.jit, compiler_options=compiler_options())
+    make_step = steps.make_train_steps if config.loop.steps_per_call > 1 else steps.make_train_step
     loop = Loop(
         config=config,
         task=task,
@@ -293,14 +293,21 @@ def prepare(
         checkpoints=checkpoints,
         metrics=metrics,
         stop=runs.StopRequest(),
-        train_step=jax.jit(steps.make_train_step(task), donate_argnums=0),
-        validation_step=jax.jit(steps.make_validation_step(task)),
-        to_device=lambda arrays: steps.Batch(**devices.put_batch(arrays, mesh, batch_size)),
-        streams=streams,
+        train_step=compiled(make_step(task), donate_argnums=0),
+        validation_step=compiled(steps.make_validation_step(task)),
+        streams=made,
         board=tensorboard_writer(records / "tensorboard") if config.log.tensorboard else None,
         key=devices.replicate(key_of(batches.TRAIN_STREAM), mesh),
     )
     return loop, state, counters
+
+
+def _require_whole_calls(step: int, per_call: int) -> None:
+    if step % per_call:
+        raise ConfigError(
+            f"the run stopped after step {step}, which calls of {per_call} steps do not reach\n"
+            f"  Go on with --loop.steps-per-call 1, or another divisor of {step}."
+        )
 
 
 def _started_from(
@@ -327,7 +334,7 @@ def compile_step(loop: Loop, state: TrainState) -> Loop:
         TrainingError: if the device has too little memory.
     """
     data = loop.config.data
-    batch = loop.to_device(next(loop.streams.train(0)))
+    batch = next(loop.streams.train(0))
     try:
         with announced("compiling the training step"):
             compiled = loop.train_step.lower(state, batch, loop.key).compile()
@@ -336,7 +343,8 @@ def compile_step(loop: Loop, state: TrainState) -> Loop:
             raise
         raise TrainingError(
             f"not enough device memory for patches of {data.patch_size} in batches of "
-            f"{data.batch_size}; lower --data.batch-size or --data.patch-size"
+            f"{data.batch_size}; lower --data.batch-size or --data.patch-size, or keep cases out "
+            "of it with --data.resident host"
         ) from error
     return dataclasses.replace(loop, train_step=compiled)
 
@@ -367,10 +375,12 @@ def train_fold(
     elif not loop.checkpoints.steps("final"):
         loop.checkpoints.save("final", state, counters)
     runs.record(folder, {"params_sha256": params_sha256(state.params)})
+    net, checkpoints = loop.task.net, loop.checkpoints
+    del loop, state  # the cases and the state make room for predicting
     tables = validate_checkpoints(
         store,
-        loop.task.net,
-        loop.checkpoints,
+        net,
+        checkpoints,
         template,
         folder,
         settings=config.validation,

@@ -27,6 +27,7 @@ LEVELS = (
     (
         "devices",
         "batches",
+        "resident",
         "tiles",
         "export",
         "inference",
@@ -36,7 +37,7 @@ LEVELS = (
         "strategies",
     ),
     ("members", "cases", "prediction"),
-    ("steps", "validation", "runs", "cascade"),
+    ("steps", "streams", "validation", "runs", "cascade"),
     ("statistics", "crossval", "scoring", "selection"),
     ("reporting.charts", "reporting.page", "reporting.records", "reporting.overlays"),
     ("reporting.sections", "reporting.comparison"),
@@ -53,7 +54,7 @@ JAX_FREE = (
     "crossval", "scoring", "selection", "recipe", "cascade", "stages", "roi", "tiles", "export",
     "cases", "predict", "evaluate", "report",
 )  # fmt: skip
-FLAX_FREE = ("batches", "inference", "losses", "optim", "augment.policies")
+FLAX_FREE = ("batches", "resident", "inference", "losses", "optim", "augment.policies")
 LAZY = {"SimpleITK", "grain", "tyro", "matplotlib", "skimage", "orbax", "safetensors", "rich"}
 
 

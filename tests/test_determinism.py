@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from fault_harness import differences, make_store
 
-from panther_jax import batches, runs, train
+from panther_jax import devices, runs, streams, train
 from panther_jax.config import load_config
 from panther_jax.store import open_store
 
@@ -36,15 +36,19 @@ def settings(threads, *, prefetch=4, resident="host", seed=0):
 
 
 def drawn(config, store, count=6):
-    streams = batches.make_streams(config, store, 0, initial_patch=(10, 18, 18))
+    mesh = devices.make_mesh(
+        config.devices, batch_size=2, patch_size=config.data.patch_size, arch=store.plans.arch
+    )
+    opened = streams.make_streams(config, store, 0, initial_patch=(10, 18, 18), mesh=mesh)
     made = []
-    for stream in (streams.train(0), streams.validation(0)):
-        made += [next(stream) for _ in range(count // len(made) if made else count)][:count]
+    for stream in (opened.train(0), opened.validation(0)):
+        made += [next(stream).cut() for _ in range(count // len(made) if made else count)][:count]
     return made
 
 
 @pytest.mark.parametrize(
-    ("threads", "prefetch", "resident"), [(2, 1, "host"), (8, 16, "host"), (3, 2, "stream")]
+    ("threads", "prefetch", "resident"),
+    [(2, 1, "host"), (8, 16, "host"), (3, 2, "stream"), (2, 3, "device")],
 )
 def test_batches_do_not_depend_on_threads(store, threads, prefetch, resident):
     one = drawn(settings(1, prefetch=1), store)
@@ -52,9 +56,9 @@ def test_batches_do_not_depend_on_threads(store, threads, prefetch, resident):
     assert len(one) == len(several) > 6
     for a, b in zip(one, several, strict=True):
         for name in ("image", "label"):
-            np.testing.assert_array_equal(a[name], b[name])
+            np.testing.assert_array_equal(getattr(a, name), getattr(b, name))
     other = drawn(settings(1, seed=1), store)
-    assert any((a["image"] != b["image"]).any() for a, b in zip(one, other, strict=True))
+    assert any((a.image != b.image).any() for a, b in zip(one, other, strict=True))
 
 
 def test_the_option_for_reproducible_sums_on_a_gpu(monkeypatch, capsys):

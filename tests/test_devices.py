@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from tiny import make_raw
 
-from panther_jax import batches, devices, model, runs, steps, train
+from panther_jax import devices, model, runs, steps, streams, train
 from panther_jax.checkpoint import Checkpoints
 from panther_jax.config import ConfigError, DevicesConfig, load_config
 from panther_jax.log import read_metrics
@@ -51,20 +51,22 @@ def store(config, raw, tmp_path_factory):
 
 
 def compiled_training(config, store, shape):
-    """A step compiled for a mesh, its first state and key, its stream of batches on devices."""
+    """A call compiled for a mesh, its first state and key, its stream of batches on devices."""
     settings = dataclasses.replace(config, devices=DevicesConfig(*shape))
+    several = settings.loop.steps_per_call > 1
     arch, patch = store.plans.arch, store.plans.patch_size
     mesh = devices.make_mesh(settings.devices, batch_size=2, patch_size=patch, arch=arch)
     assert (mesh.shape["data"], mesh.shape["space"]) == shape
     task = steps.make_task(settings, store, model.Execution(), mesh)
-    stream = batches.make_streams(settings, store, 0, initial_patch=patch).train(0)
+    made = streams.make_streams(settings, store, 0, initial_patch=patch, mesh=mesh)
+    placed = made.train(0)
     params = model.init_params(arch, jax.random.key(0))
     state = train.TrainState(jnp.int32(0), params, task.optimizer.init(params))
     state = devices.replicate(state, mesh)
     key = devices.replicate(steps.seed_key(0, 0, 0), mesh)
-    placed = (steps.Batch(**devices.put_batch(dict(b), mesh, 2)) for b in stream)
     batch = next(placed)
-    step = jax.jit(steps.make_train_step(task)).lower(state, batch, key).compile()
+    make = steps.make_train_steps if several else steps.make_train_step
+    step = jax.jit(make(task)).lower(state, batch, key).compile()
     return step, state, key, batch, placed
 
 
@@ -101,6 +103,23 @@ def test_neighbours_exchange_halos_and_nothing_is_gathered(trained):
         assert (permutes > 10) == (shape[1] > 1)
         assert "all-gather" not in program
         assert ("all-reduce(" in program) == (shape != (1, 1))
+
+
+@pytest.mark.slow
+def test_several_steps_a_call_with_cases_on_every_device_of_a_mesh(trained, config, store):
+    replace = dataclasses.replace
+    settings = replace(
+        config,
+        data=replace(config.data, resident="device"),
+        loop=replace(config.loop, steps_per_call=3),
+    )
+    call, state, key, batch, placed = compiled_training(settings, store, (2, 4))
+    losses = []
+    for number in range(2):
+        state, values = call(state, next(placed) if number else batch, key)
+        losses += np.asarray(values["loss"]).tolist()
+    np.testing.assert_allclose(losses[:5], trained[1, 1][0], atol=1e-5)
+    assert "all-gather" not in call.as_text()
 
 
 def test_patches_are_split_where_every_resolution_has_a_slice_for_each(store):
@@ -180,10 +199,10 @@ def start(raw, root, cache, *more):
     )
 
 
-def start_two(raw, root, cache):
+def start_two(raw, root, cache, *more):
     address = f"127.0.0.1:{free_port()}"
     common = ("--coordinator", address, "--num-processes", "2", "--process-id")
-    return [start(raw, root, cache, *common, str(i)) for i in range(2)]
+    return [start(raw, root, cache, *common, str(i), *more) for i in range(2)]
 
 
 def final_params(root):
@@ -215,6 +234,22 @@ def test_two_processes_leave_one_log_and_one_validation(undisturbed):
     assert [r["step"] for r in read_metrics(fold / "metrics.jsonl")] == STEPS
     assert "epoch 8/8" in outputs[0] and "epoch" not in outputs[1]
     assert (fold / "validation_final" / "summary.json").is_file()
+
+
+@pytest.mark.slow
+def test_two_processes_cut_their_own_samples_several_steps_a_call(
+    undisturbed, raw, cache, tmp_path
+):
+    more = ("--data.resident", "device", "--loop.steps-per-call", "3")
+    pair = start_two(raw, tmp_path, cache, *more)
+    outputs = [process.communicate(timeout=240)[0] for process in pair]
+    assert [process.returncode for process in pair] == [0, 0], outputs
+    assert "stay in device memory" in outputs[0]
+    metrics = tmp_path / "runs" / "smoke" / "fold_0" / "metrics.jsonl"
+    assert [r["step"] for r in read_metrics(metrics)] == STEPS
+    # Another program rounds otherwise; 24 steps carry the rounding on.
+    for a, b in zip(final_params(undisturbed[0]), final_params(tmp_path), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-4)
 
 
 @pytest.mark.slow

@@ -109,11 +109,11 @@ def test_no_strategy_groups_convolutions(strategy):
 
 
 def test_loop_keeps_members_on_the_host_if_they_are_too_many(monkeypatch):
-    monkeypatch.setattr(strategies, "_free_bytes", lambda device: 1000)
+    monkeypatch.setattr(strategies, "free_memory", lambda device: 1000)
     arranged = arrange(network(), MEMBERS, strategy="loop", tile_shape=TILE_SHAPE)
     assert all(isinstance(x, np.ndarray) for x in jax.tree.leaves(arranged.parameter_sets))
     assert all(isinstance(x, jax.Array) for p in arranged.passes() for x in jax.tree.leaves(p))
-    monkeypatch.setattr(strategies, "_free_bytes", lambda device: 10**9)
+    monkeypatch.setattr(strategies, "free_memory", lambda device: 10**9)
     arranged = arrange(network(), MEMBERS, strategy="loop", tile_shape=TILE_SHAPE)
     assert all(isinstance(x, jax.Array) for x in jax.tree.leaves(arranged.parameter_sets))
 

@@ -24,13 +24,15 @@ from panther_jax import (
     model,
     runs,
     steps,
+    streams,
     train,
     validation,
 )
 from panther_jax.checkpoint import Checkpoints, load_bundle, params_sha256
-from panther_jax.config import LoopConfig, apply_overrides, load_config
+from panther_jax.config import ConfigError, LoopConfig, apply_overrides, load_config
 from panther_jax.log import read_metrics
 from panther_jax.places import Places
+from panther_jax.store import fold_cases
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -111,7 +113,7 @@ def test_a_run_leaves_what_the_design_promises(finished, store):
     assert [(r["epoch"], r["step"]) for r in rows] == [(0, 3), (1, 6)]
     assert all(np.isfinite(r["train_loss"]) for r in rows)
     assert (folder / "progress.png").stat().st_size > 10_000
-    cases = batches.fold_cases(store, 0)[1]
+    cases = fold_cases(store, 0)[1]
     for name in ("final", "best"):
         validated = folder / f"validation_{name}"
         assert sorted(p.name for p in validated.glob("*.mha")) == [f"{c}.mha" for c in cases]
@@ -237,7 +239,82 @@ def test_signals_are_heard():
             signal.signal(number, handler)
 
 
-def test_twenty_steps_compile_once(store, smoke, tmp_path, monkeypatch):
+def with_fields(config, data=None, **loop):
+    """The config with other fields of the data and of the loop."""
+    replace = dataclasses.replace
+    only_final = replace(config.validation, checkpoints=("final",))
+    return replace(
+        config,
+        data=replace(config.data, **(data or {})),
+        loop=replace(config.loop, **loop),
+        validation=only_final,
+    )
+
+
+def trained(config, store, folder):
+    """A run in a new folder; returns it."""
+    folder.mkdir(parents=True)
+    train.train_fold(config, store, folder, fold=0, bundle=None)
+    return folder
+
+
+def test_cases_on_the_device_train_the_same_network(finished, store, smoke, tmp_path):
+    config = with_fields(smoke, {"resident": "device"})
+    assert_same_training(finished[0], trained(config, store, tmp_path / "fold_0"))
+
+
+@pytest.fixture(scope="module")
+def three_a_call(store, smoke, tmp_path_factory):
+    """A run of two epochs, two calls each: its config and folder."""
+    config = with_fields(smoke, {"resident": "device"}, steps_per_epoch=6, steps_per_call=3)
+    return config, trained(config, store, tmp_path_factory.mktemp("calls") / "fold_0")
+
+
+def test_several_steps_a_call_take_the_same_steps(three_a_call, store, tmp_path):
+    single = with_fields(three_a_call[0], steps_per_call=1)
+    folders = trained(single, store, tmp_path / "fold_0"), three_a_call[1]
+    one, three = (final_params(folder) for folder in folders)
+    for name in one:
+        # Another program rounds otherwise; twelve steps of AdamW at 1e-3 move weights by 1e-2.
+        np.testing.assert_allclose(one[name], three[name], atol=1e-5, err_msg=name)
+    rows = [read_metrics(folder / "metrics.jsonl") for folder in folders]
+    assert [row["step"] for row in rows[0]] == [row["step"] for row in rows[1]] == [6, 12]
+    for a, b in zip(*rows, strict=True):
+        for name in ("train_loss", "validation_loss"):
+            np.testing.assert_allclose(a[name], b[name], rtol=1e-5)
+
+
+def test_cases_on_the_host_send_the_batches_of_a_call_together(three_a_call, store, tmp_path):
+    config = with_fields(three_a_call[0], {"resident": "stream"})
+    assert_same_training(three_a_call[1], trained(config, store, tmp_path / "fold_0"))
+
+
+def test_a_signal_between_calls_saves_and_the_run_resumes_exactly(
+    three_a_call, store, tmp_path, monkeypatch
+):
+    config, folder = three_a_call[0], tmp_path / "fold_0"
+    with monkeypatch.context() as patch:
+        patch.setattr(runs.StopRequest, "listen", lambda self: setattr(self, "by", "SIGTERM"))
+        with pytest.raises(runs.Interrupted, match="SIGTERM after step 3 of 12"):
+            trained(config, store, folder)
+    assert Checkpoints(folder / "checkpoints").steps("latest") == (3,)  # amid the first epoch
+    train.train_fold(config, store, folder, fold=0, bundle=None)
+    assert_same_training(three_a_call[1], folder)
+
+
+def test_a_step_that_calls_do_not_reach_is_not_resumed_from(store, smoke, tmp_path, monkeypatch):
+    folder = tmp_path / "fold_0"
+    with monkeypatch.context() as patch:
+        patch.setattr(runs.StopRequest, "listen", lambda self: setattr(self, "by", "SIGTERM"))
+        with pytest.raises(runs.Interrupted, match="after step 1 of 6"):
+            trained(with_fields(smoke), store, folder)
+    with pytest.raises(ConfigError, match=r"(?s)after step 1, .* calls of 3 .*steps-per-call 1"):
+        train.train_fold(with_fields(smoke, steps_per_call=3), store, folder, fold=0, bundle=None)
+    assert Checkpoints(folder / "checkpoints").steps("latest") == (1,)
+
+
+@pytest.mark.parametrize("residence, per_call", [("host", 1), ("device", 5)])
+def test_twenty_steps_compile_once(store, smoke, tmp_path, monkeypatch, residence, per_call):
     traces = []
     original = steps.make_train_step
 
@@ -245,24 +322,22 @@ def test_twenty_steps_compile_once(store, smoke, tmp_path, monkeypatch):
         step = original(task)
 
         def traced(state, batch, key):
-            traces.append(batch.image.shape)
+            traces.append(batch)
             return step(state, batch, key)
 
         return traced
 
     monkeypatch.setattr(steps, "make_train_step", counted)
-    loop_config = dataclasses.replace(smoke.loop, epochs=4, steps_per_epoch=5)
-    validation = dataclasses.replace(smoke.validation, checkpoints=("final",))
-    config = dataclasses.replace(smoke, loop=loop_config, validation=validation)
-    folder = tmp_path / "fold_0"
-    folder.mkdir()
-    train.train_fold(config, store, folder, fold=0, bundle=None)
+    length = {"epochs": 4, "steps_per_epoch": 5, "steps_per_call": per_call}
+    config = with_fields(smoke, {"resident": residence}, **length)
+    folder = trained(config, store, tmp_path / "fold_0")
     assert len(read_metrics(folder / "metrics.jsonl")) == 4
     assert len(traces) == 1
 
 
+@pytest.mark.parametrize("per_call", [1, 3])
 def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_step(
-    store, smoke, tmp_path, monkeypatch
+    store, smoke, tmp_path, monkeypatch, per_call
 ):
     original = batches.BatchSource.__getitem__
 
@@ -274,11 +349,10 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_step(
 
     monkeypatch.setattr(batches.BatchSource, "__getitem__", broken)
     folder = tmp_path / "fold_0"
-    folder.mkdir()
     with pytest.raises(
         train.TrainingError, match=r"(?s)loss.* of step 2 is not finite.*--optim.lr"
     ):
-        train.train_fold(smoke, store, folder, fold=0, bundle=None)
+        trained(with_fields(smoke, steps_per_call=per_call), store, folder)
     assert Checkpoints(folder / "checkpoints").steps("latest") == ()
 
 
@@ -293,7 +367,8 @@ def test_devices_share_the_batch_and_agree(store, smoke):
             devices=jax.devices()[:count],
         )
         task = steps.make_task(smoke, store, model.Execution(), mesh)
-        stream = batches.make_streams(smoke, store, 0, initial_patch=(8, 24, 24)).train(0)
+        made = streams.make_streams(smoke, store, 0, initial_patch=(8, 24, 24), mesh=mesh)
+        stream = made.train(0)
         place = jax.NamedSharding(mesh, jax.P())
         params = model.init_params(task.net.arch, jax.random.key(0))
         state = train.TrainState(jax.numpy.int32(0), params, task.optimizer.init(params))
@@ -302,8 +377,7 @@ def test_devices_share_the_batch_and_agree(store, smoke):
         key = jax.device_put(steps.seed_key(0, 0, 0), place)
         losses = []
         for _ in range(3):
-            batch = jax.device_put(dict(next(stream)), jax.NamedSharding(mesh, jax.P("data")))
-            state, values = step(state, steps.Batch(**batch), key)
+            state, values = step(state, next(stream), key)
             losses.append(float(values["loss"]))
         results.append(losses)
     np.testing.assert_allclose(results[0], results[1], rtol=1e-4)  # float32 sums in another order
@@ -382,6 +456,22 @@ def test_the_command_prints_the_folder_and_the_table(run_main, raw, tmp_path):
     assert run_main(*base, "--allow_config_change")[0] == 0
     assert run_main(*base, "--log.every-steps", "5")[0] == 0  # does not touch the training
     assert run_main(*base, "--loop.seed=4", "--restart")[0] == 0
+
+
+def test_where_cases_are_and_who_cuts_them_may_change_between_sessions(run_main, raw, tmp_path):
+    base = ["--config", "smoke.py", "--root", tmp_path, "--raw", raw, CACHE_OFF]
+    assert run_main(*base, "--data.resident", "host")[0] == 0
+    stored = tmp_path / "runs" / "smoke" / "config.json"
+    before = json.loads(stored.read_text())
+    assert before["loop"].pop("steps_per_call") == 1  # as of a version without that field
+    stored.write_text(json.dumps(before))
+    changed = ("--data.resident", "device", "--data.num-threads", "7")
+    code, _, err = run_main(*base, *changed, "--data.prefetch-batches", "9")
+    assert code == 0 and "config changed" not in err
+    code, _, err = run_main(*base, "--loop.steps-per-call", "3")
+    assert code == 1 and "loop.steps_per_call: 1 -> 3" in err
+    code, _, err = run_main(*base, "--loop.steps-per-call", "2")
+    assert code == 2 and "must divide loop.steps_per_epoch 3" in err
 
 
 def test_dry_run_shows_everything_and_writes_nothing(run_main, tmp_path):
