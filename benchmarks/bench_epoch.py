@@ -279,7 +279,14 @@ def run(output: Path, setting: harness.Setting = "cpu") -> str:
         folder = Path(temporary)
         preprocessed, results = folder / "preprocessed" / NAME, folder / "results"
         _make(budget, folder, full=setting == "gpu")
-        measured = [measure(budget, p, (preprocessed, results)) for p in budget.policies]
+        measured, failed = [], {}
+        for policy in budget.policies:
+            try:
+                measured.append(measure(budget, policy, (preprocessed, results)))
+            except RuntimeError as error:  # one side's trainer may want what is not installed
+                failed[policy] = str(error).splitlines()[0]
+    if not measured:
+        raise RuntimeError(f"no augmentation could be measured: {failed}")
     goals = GPU_GOALS if setting == "gpu" else {}
     text = (
         f"{setting}: {budget.size.label}, {budget.steps} training and "
@@ -304,7 +311,8 @@ def run(output: Path, setting: harness.Setting = "cpu") -> str:
             f"{100 * other['wait_share']:.1f} %"
             for number, other in found["per_call"].items()
         ]
-    facts = {"setting": text, "comparisons": measured, "rows": rows}
+    facts = {"setting": text, "comparisons": measured, "failed": failed, "rows": rows}
+    lines += [f"  {policy} failed: {why}" for policy, why in failed.items()]
     path = harness.write_result(output, "epoch", summaries, facts)
     return "\n".join([*lines, f"  {path}"])
 

@@ -43,7 +43,7 @@ CPU_SIZE = networks.Size("8-64", (8, 16, 32, 64), (1, 2, 2, 2), (32, 64, 64), 2)
 WORKS: Mapping[str, Work] = {
     "cpu": Work(
         CPU_SIZE,
-        (32, 140, 140),
+        (32, 108, 108),
         {(1, False): 5, (1, True): 2, (5, False): 3, (5, True): 1},
         1,
     ),

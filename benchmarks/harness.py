@@ -330,10 +330,13 @@ def machine() -> dict[str, Any]:
 
 
 def git_commit() -> str | None:
-    """The commit measured, with ``+`` if the working tree differs; None outside a repository."""
+    """The commit measured, with ``+`` if the working tree differs; None outside a repository.
+
+    Results themselves do not count.
+    """
     try:
         commit = _git("rev-parse", "HEAD")
-        return commit + ("+" if _git("status", "--porcelain") else "")
+        return commit + ("+" if _git("status", "--porcelain", "--", ":!benchmarks/results") else "")
     except (OSError, subprocess.SubprocessError):
         return None
 
