@@ -235,9 +235,9 @@ def upsample(
     """
     size, channels = kernel.shape[:-2], kernel.shape[-2:]
     axes = len(size)
-    # A product of two matrices: of einsum's many axes XLA makes transposes, most of all backwards.
+    # One product over the channels: einsum's many axes become transposes, above all backwards.
     taps = jnp.moveaxis(kernel.astype(x.dtype), -2, 0).reshape(channels[0], -1)
-    y = (x.reshape(-1, channels[0]) @ taps).reshape(*x.shape[:-1], *size, channels[1])
+    y = (x @ taps).reshape(*x.shape[:-1], *size, channels[1])
     order = [0, *(a for axis in range(axes) for a in (1 + axis, 1 + axes + axis)), 1 + 2 * axes]
     spatial = [n * k for n, k in zip(x.shape[1:-1], size, strict=True)]
     return y.transpose(order).reshape(x.shape[0], *spatial, channels[1])

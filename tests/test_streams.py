@@ -66,7 +66,7 @@ def test_auto_takes_the_first_that_fits(cases, memory, monkeypatch, caplog, host
     caplog.set_level(logging.INFO, logger="panther_jax")
     monkeypatch.setattr(streams.LOGGER, "propagate", True)
     assert streams.choose_residence("auto", cases, mesh()) == expected
-    (line,) = [r.getMessage() for r in caplog.records]
+    (line,) = {r.getMessage() for r in caplog.records}  # other tests may have left handlers
     assert line.startswith("10 cases of 0.000102 GB stay in ")
     assert line.endswith(f"data.resident auto, which is {expected} here")
 
