@@ -228,13 +228,13 @@ def _step_seconds(policy: str, edge: int, calls: int) -> float:
     import jax
 
     from benchmarks import networks, ours
-    from panther_jax import steps
+    from panther_jax import convolution, steps
 
     size = networks.Size("ResEnc-L", *networks.RESENC_L, (edge,) * 3, GPU_BATCH)
     task = ours.make_task(size, policy=policy)
     _, image, label = _batch(policy, edge)
     state, batch, key = ours.make_state(size, task), steps.Batch(image, label), jax.random.key(1)
-    train_step = ours.compiled(steps.make_train_step(task), donate_argnums=0)
+    train_step = convolution.compiled(steps.make_train_step(task), donate_argnums=0)
     state, _ = train_step(state, batch, key)
     jax.block_until_ready(state)
     start = time.perf_counter()

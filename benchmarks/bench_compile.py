@@ -25,6 +25,7 @@ ROUNDS = {"cpu": 1, "gpu": 1, "toy": 1}
 OURS = """
 import json, sys, time
 from benchmarks import networks, ours
+from panther_jax import convolution
 import jax
 size = networks.Size.from_json(json.loads(sys.argv[1]))
 task = ours.make_task(size)
@@ -38,7 +39,7 @@ def compiled(function, *arguments):
 step, (state, batch, key) = ours.train_step(size, task)
 shapes = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), (state, batch))
 found = {"step": compiled(step, *shapes, key)}
-found["forward"] = compiled(ours.compiled(task.outputs), shapes[0].params, shapes[1].image)
+found["forward"] = compiled(convolution.compiled(task.outputs), shapes[0].params, shapes[1].image)
 print(json.dumps(found))
 """
 PEER = """

@@ -13,15 +13,10 @@ from panther_jax import losses, model, optim, steps
 from panther_jax.augment import policies
 from panther_jax.checkpoint import TrainState
 from panther_jax.config import LossConfig, OptimConfig
-from panther_jax.convolution import compiler_options
+from panther_jax.convolution import compiled
 from panther_jax.plans import Labels
 
 EPOCHS, STEPS_PER_EPOCH = 1000, 250
-
-
-def compiled(function: Callable[..., Any], **options: Any) -> Any:
-    """``jax.jit`` with the options that training and prediction use."""
-    return jax.jit(function, compiler_options=compiler_options(), **options)
 
 
 def make_task(size: networks.Size, dtype: str = "auto", policy: str = "none") -> steps.Task:

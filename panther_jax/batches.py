@@ -6,9 +6,9 @@ be made without the steps before it, resuming is exact, and the numbers depend n
 of threads nor on that of processes.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Any, Generic, Literal, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -18,6 +18,7 @@ FOLD_ALL = 1000
 IMAGE_PADDING, LABEL_PADDING = 0, -1
 
 Stream = Literal[0, 1, 2]
+Case = TypeVar("Case")
 
 
 @runtime_checkable
@@ -162,23 +163,21 @@ class Sampling:
         """Voxels of a patch along z, y, x; a planar one is a slice."""
         return _solid(self.patch)
 
-    def rng(self, step: int, position: int) -> np.random.Generator:
-        """The generator of a sample; it draws the case first."""
-        return sample_rng(self.seed, self.fold, self.stream, step, position)
-
-    def start(
+    def draw(
         self,
-        rng: Draws,
+        cases: Sequence[Case],
+        step: int,
         position: int,
         *,
-        shape: Sequence[int],
-        locations: Sequence[tuple[Any, Int[np.ndarray, "_ 3"]]],
-    ) -> tuple[int, ...]:
-        """Where the patch starts in the case drawn, z, y, x."""
+        shape_of: Callable[[Any], Sequence[int]],
+    ) -> tuple[Case, tuple[int, ...]]:
+        """The case of a sample, and where its patch starts in it, z, y, x."""
+        rng = sample_rng(self.seed, self.fold, self.stream, step, position)
+        case: Any = cases[int(rng.choice(len(cases)))]
         forced = position >= num_random(self.batch_size, self.oversampling)
-        voxel = select_voxel(rng, locations, forced=forced, has_ignore=self.has_ignore)
-        bounds = start_range(shape, self.size_zyx, _solid(self.final_patch))
-        return patch_start(rng, bounds, self.size_zyx, voxel)
+        voxel = select_voxel(rng, case.locations, forced=forced, has_ignore=self.has_ignore)
+        bounds = start_range(shape_of(case), self.size_zyx, _solid(self.final_patch))
+        return case, patch_start(rng, bounds, self.size_zyx, voxel)
 
 
 def _solid(patch: tuple[int, ...]) -> tuple[int, ...]:
@@ -186,19 +185,24 @@ def _solid(patch: tuple[int, ...]) -> tuple[int, ...]:
 
 
 @dataclass(frozen=True)
-class BatchSource:
-    """Patches: ``image`` (B, *patch, C) float32 and ``label`` (B, *patch, 1) int16.
+class _Source(Generic[Case]):
+    """What Grain reads: batch n at index n.
 
     ``positions`` are the places of the global batch that this process makes.
     """
 
-    cases: Sequence[PatchCase]
+    cases: Sequence[Case]
     sampling: Sampling
     num_steps: int
     positions: tuple[int, ...]
 
     def __len__(self) -> int:
         return self.num_steps
+
+
+@dataclass(frozen=True)
+class BatchSource(_Source[PatchCase]):
+    """Patches: ``image`` (B, *patch, C) float32 and ``label`` (B, *patch, 1) int16."""
 
     def __getitem__(self, index: int) -> Mapping[str, np.ndarray]:
         samples = [self._sample(int(index), i) for i in self.positions]
@@ -211,9 +215,7 @@ class BatchSource:
         self, step: int, position: int
     ) -> tuple[Float[np.ndarray, "..."], Int[np.ndarray, "..."]]:
         law = self.sampling
-        rng = law.rng(step, position)
-        case = self.cases[int(rng.choice(len(self.cases)))]
-        start = law.start(rng, position, shape=case.label.shape, locations=case.locations)
+        case, start = law.draw(self.cases, step, position, shape_of=lambda c: c.label.shape)
         image = crop_padded(case.image, start, law.size_zyx, IMAGE_PADDING)
         label = crop_padded(case.label, start, law.size_zyx, LABEL_PADDING).astype(np.int16)
         if len(law.patch) == 2:
@@ -231,27 +233,17 @@ class Outline:
 
 
 @dataclass(frozen=True)
-class BoxSource:
+class BoxSource(_Source[Outline]):
     """Where the patches of :class:`BatchSource` lie: ``boxes`` (B, 7) int32.
 
     A box is the case's first line on the device, its shape z, y, x, and the patch's start z, y, x.
     """
 
-    cases: Sequence[Outline]
-    sampling: Sampling
-    num_steps: int
-    positions: tuple[int, ...]
-
-    def __len__(self) -> int:
-        return self.num_steps
-
     def __getitem__(self, index: int) -> Mapping[str, np.ndarray]:
         return {"boxes": np.array([self._box(int(index), i) for i in self.positions], np.int32)}
 
     def _box(self, step: int, position: int) -> tuple[int, ...]:
-        rng = self.sampling.rng(step, position)
-        case = self.cases[int(rng.choice(len(self.cases)))]
-        start = self.sampling.start(rng, position, shape=case.shape, locations=case.locations)
+        case, start = self.sampling.draw(self.cases, step, position, shape_of=lambda c: c.shape)
         return case.first_line, *case.shape, *start
 
 

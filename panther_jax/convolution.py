@@ -37,9 +37,14 @@ def default_backend(space: int = 1) -> Backend:
     return "dshift2d" if jax.default_backend() == "cpu" and space == 1 else "xla"
 
 
+def compiled(function: Callable[..., Any], **options: Any) -> Any:
+    """``jax.jit`` for a program with convolutions; ``options`` are its own."""
+    return jax.jit(function, compiler_options=compiler_options(), **options)
+
+
 @cache
 def compiler_options() -> dict[str, str]:
-    """Options of ``jax.jit`` for a program with convolutions; none where XLA does not know them.
+    """Options of :func:`compiled`; none where XLA does not know them.
 
     On a CPU XLA gives 2-D convolutions to a library that runs each on one thread; sums and products
     are fast there, and stay.

@@ -17,7 +17,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
 
-from panther_jax.convolution import compiler_options
+from panther_jax.convolution import compiled
+from panther_jax.devices import free_memory
 from panther_jax.tiles import (
     Starts,
     batches,
@@ -133,8 +134,7 @@ def make_predictor(
     weights = importance_map(tile) if gaussian else np.ones(tile, np.float16)
     weights = weights.reshape(window)
     batch = tile_batch or default_tile_batch(tile)
-    network = jax.jit(forward, compiler_options=compiler_options())
-    run = _mirrored(network, mirror_combinations(mirror_axes))
+    run = _mirrored(compiled(forward), mirror_combinations(mirror_axes))
     engine = _Engine(
         on_device=_device_accumulation(run, weights, num_outputs, batch, tile),
         on_host=_host_accumulation(run, weights, num_outputs, batch, tile),
@@ -277,14 +277,13 @@ def _place(params: Any, work: _Work, num_outputs: int, window: tuple[int, ...], 
     device = jax.devices()[0] if leaf is None else min(leaf.devices(), key=lambda d: d.id)
     if device.platform == "cpu":
         return "host"
-    stats = device.memory_stats() or {}
-    if "bytes_limit" not in stats:
+    free = free_memory(device)
+    if free is None:
         return "device"
     # Twice the outputs: those of the case before may still be there, being exported.
     voxels = math.prod(_bucket(work.size, window))
     needed = 4 * voxels * (2 * num_outputs + work.padded.shape[0] + 1)
     needed += batch * math.prod(window) * (SCRATCH_BYTES + 8 * num_outputs)
-    free = stats["bytes_limit"] - stats.get("bytes_in_use", 0)
     if needed <= free:
         return "device"
     log.info(

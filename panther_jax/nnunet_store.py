@@ -133,8 +133,8 @@ def _plans_json(path: Path) -> dict[str, Any]:
 # --------------------------------------------------------------------------------------- cases
 
 
-def read_folder_case(source: NnunetFolder, case_id: str, *, resident: bool) -> NnunetCase:
-    """Read one case; only ``.npy`` files can be memory-mapped, others are read whole.
+def read_folder_case(source: NnunetFolder, case_id: str) -> NnunetCase:
+    """Read one case; ``.npy`` files are memory-mapped, others read whole.
 
     Raises:
         StoreError: if a file is missing, damaged, or not what nnU-Net writes.
@@ -145,7 +145,7 @@ def read_folder_case(source: NnunetFolder, case_id: str, *, resident: bool) -> N
         raise StoreError(f"case {case_id!r} is not in {source.folder}; run nnU-Net's preprocessing")
     read = {".b2nd": _read_b2nd, ".npz": _read_npz, ".npy": _read_npy}[path.suffix]
     try:
-        image, label = read(path, resident)
+        image, label = read(path)
     except (RuntimeError, OSError, EOFError, KeyError, ValueError, zipfile.BadZipFile) as error:
         raise StoreError(
             f"{path} cannot be read: {type(error).__name__}: {error}\n"
@@ -170,7 +170,7 @@ def reference_file(source: NnunetFolder, case_id: str) -> Path:
     return source.folder.parent / GROUND_TRUTHS / f"{case_id}{source.dataset['file_ending']}"
 
 
-def _read_b2nd(path: Path, _resident: bool) -> tuple[np.ndarray, np.ndarray]:
+def _read_b2nd(path: Path) -> tuple[np.ndarray, np.ndarray]:
     try:
         import blosc2
     except ModuleNotFoundError:
@@ -183,16 +183,15 @@ def _read_b2nd(path: Path, _resident: bool) -> tuple[np.ndarray, np.ndarray]:
     return image, label
 
 
-def _read_npz(path: Path, _resident: bool) -> tuple[np.ndarray, np.ndarray]:
+def _read_npz(path: Path) -> tuple[np.ndarray, np.ndarray]:
     # opened here: of a damaged archive, numpy.load leaves its own file open
     with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
         return arrays["data"], arrays["seg"]
 
 
-def _read_npy(path: Path, resident: bool) -> tuple[np.ndarray, np.ndarray]:
-    mode = None if resident else "r"
+def _read_npy(path: Path) -> tuple[np.ndarray, np.ndarray]:
     files = (path, path.with_name(f"{path.stem}_seg.npy"))
-    image, label = (np.load(f, mmap_mode=mode, allow_pickle=False) for f in files)
+    image, label = (np.load(f, mmap_mode="r", allow_pickle=False) for f in files)
     return image, label
 
 
@@ -271,7 +270,8 @@ def read_pickle(path: Path) -> dict[str, Any]:
         value = _Unpickler(io.BytesIO(path.read_bytes())).load()
         if not isinstance(value, dict):
             raise pickle.UnpicklingError(f"it holds {type(value).__name__}, not a dictionary")
-        _require_small(value)
+        if has_too_many_entries(value):
+            raise pickle.UnpicklingError(f"it holds more than {MAX_ENTRIES} entries")
         return _plain(value)
     except Exception as error:  # a crafted file fails in many ways, all of them refusals
         raise StoreError(
@@ -397,18 +397,22 @@ _BUILDERS: Mapping[tuple[str, str], Callable[..., Any]] = {
 }
 
 
-def _require_small(value: Any) -> None:
-    """Count entries as often as they are named: shared ones can stand for more than fits."""
+def has_too_many_entries(value: Any) -> bool:
+    """Whether nested containers hold more than :data:`MAX_ENTRIES`, shared ones counted each time.
+
+    Shared entries of a small file can stand for more than fits into memory.
+    """
     waiting, seen = [value], 0
     while waiting:
         node = waiting.pop()
-        if isinstance(node, dict):
+        if isinstance(node, Mapping):
             waiting += node.values()
         elif isinstance(node, (list, tuple)):
             waiting += node
         seen += 1
         if seen + len(waiting) > MAX_ENTRIES:
-            raise pickle.UnpicklingError(f"it holds more than {MAX_ENTRIES} entries")
+            return True
+    return False
 
 
 def _plain(value: Any) -> Any:

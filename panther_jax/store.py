@@ -13,7 +13,7 @@ import shutil
 import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Any, Literal
 
@@ -128,8 +128,8 @@ def stored_ids(folder: Path) -> tuple[str, ...]:
     return tuple(sorted(n.removesuffix(".json") for n in names if n not in RESERVED))
 
 
-def read_stored(store: Store, case_id: str, *, resident: bool) -> StoredCase:
-    """Read one case: into memory if ``resident``, else memory-mapped, read-only.
+def read_stored(store: Store, case_id: str) -> StoredCase:
+    """Open one case, memory-mapped and read-only; :func:`in_memory` reads it whole.
 
     Compressed files of nnU-Net cannot be mapped and are read into memory always.
 
@@ -137,13 +137,13 @@ def read_stored(store: Store, case_id: str, *, resident: bool) -> StoredCase:
         StoreError: if a file is missing, truncated, or not the array that the case's JSON names.
     """
     if store.nnunet is not None:
-        found = nnunet_store.read_folder_case(store.nnunet, case_id, resident=resident)
+        found = nnunet_store.read_folder_case(store.nnunet, case_id)
         return StoredCase(case_id, found.image, found.label, found.locations, found.properties)
     entry = _read_entry(store.folder, case_id)
     arrays = {}
     for name in ("image", "label"):
         path = _array_path(store.folder, case_id, name)
-        arrays[name] = np.load(path, mmap_mode=None if resident else "r", allow_pickle=False)
+        arrays[name] = np.load(path, mmap_mode="r", allow_pickle=False)
     with np.load(_locations_path(store.folder, case_id), allow_pickle=False) as stored:
         locations = tuple(
             (_key(key), stored[str(i)]) for i, key in enumerate(entry["location_keys"])
@@ -152,10 +152,17 @@ def read_stored(store: Store, case_id: str, *, resident: bool) -> StoredCase:
     return StoredCase(case_id, arrays["image"], arrays["label"], locations, properties)
 
 
+def in_memory(case: StoredCase) -> StoredCase:
+    """The case with nothing left in files."""
+    arrays = {name: getattr(case, name) for name in ("image", "label")}
+    mapped = {name: np.array(a) for name, a in arrays.items() if isinstance(a, np.memmap)}
+    return replace(case, **mapped)
+
+
 def voxel_counts(store: Store, case_id: str) -> dict[int, int]:
     """Voxels of each value in a stored label map, without reading it (nnU-Net's are read)."""
     if store.nnunet is not None:
-        label = nnunet_store.read_folder_case(store.nnunet, case_id, resident=False).label
+        label = nnunet_store.read_folder_case(store.nnunet, case_id).label
         values, numbers = label_values(label)
         return {int(value): int(n) for value, n in zip(values, numbers, strict=True)}
     counts = _read_entry(store.folder, case_id)["voxel_counts"]

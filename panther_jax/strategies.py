@@ -18,7 +18,7 @@ import numpy as np
 from jax import lax
 from jax.sharding import AxisType, Mesh, NamedSharding
 
-from panther_jax.convolution import compiler_options
+from panther_jax.convolution import compiled
 from panther_jax.devices import free_memory
 
 LOGGER = logging.getLogger("panther_jax")
@@ -217,9 +217,7 @@ def choose(
             "would pay"
         )
     first = jax.device_put(members[0], devices[0])
-    options = compiler_options()
-    tile = jax.ShapeDtypeStruct(tile_shape, jnp.float32)
-    one = jax.jit(forward, compiler_options=options).lower(first, tile).compile()
+    one = compiled(forward).lower(first, jax.ShapeDtypeStruct(tile_shape, jnp.float32)).compile()
     free = free_memory(devices[0]) if free_bytes is None else free_bytes
     needed = _needed_bytes(num, _num_bytes(members[0]), _scratch_bytes(one), len(devices))
     candidates = _candidates(devices)
@@ -279,8 +277,7 @@ def _try(
     mesh = _member_mesh(len(members), devices) if strategy == "shard" else None
     try:
         params = _placed(members, mesh, devices[0])
-        network = make_forward(strategy, forward, mesh=mesh)
-        run = jax.jit(network, compiler_options=compiler_options())
+        run = compiled(make_forward(strategy, forward, mesh=mesh))
         return _seconds(run, params, tile_shape)
     except jax.errors.JaxRuntimeError as error:
         if _EXHAUSTED not in str(error):

@@ -1,6 +1,5 @@
 """The batches of a fold on the devices, and where its cases are kept (``data.resident``)."""
 
-import dataclasses
 import functools
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -8,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import jax
-import numpy as np
 
 from panther_jax import devices
 from panther_jax.batches import (
@@ -33,7 +31,7 @@ from panther_jax.resident import (
     resident_bytes,
     write_lines,
 )
-from panther_jax.store import Store, StoredCase, fold_cases, read_stored
+from panther_jax.store import Store, StoredCase, fold_cases, in_memory, read_stored
 
 LOGGER = logging.getLogger("panther_jax")
 DEVICE_SHARE = 0.25  # of an accelerator's memory; training needs the rest
@@ -72,7 +70,7 @@ def make_streams(
     train_ids, validation_ids = fold_cases(store, fold)
     with announced(f"reading {len(train_ids)} training and {len(validation_ids)} validation cases"):
         ids = dict.fromkeys((*train_ids, *validation_ids))
-        kept = _keep({i: read_stored(store, i, resident=False) for i in ids}, data.resident, mesh)
+        kept = _keep({i: read_stored(store, i) for i in ids}, data.resident, mesh)
 
     def stream(ids: Sequence[str], kind: Stream, patch: tuple[int, ...], steps: int) -> Any:
         sampling = Sampling(
@@ -156,13 +154,7 @@ def _keep(
         held = jax.block_until_ready(devices.replicate(lines, mesh))
         return _OnDevice(held, outlines, mesh)
     in_files = residence == "stream"
-    return _OnHost(cases if in_files else {i: _in_memory(case) for i, case in cases.items()})
-
-
-def _in_memory(case: StoredCase) -> StoredCase:
-    arrays = {name: getattr(case, name) for name in ("image", "label")}
-    mapped = {name: np.array(a) for name, a in arrays.items() if isinstance(a, np.memmap)}
-    return dataclasses.replace(case, **mapped)
+    return _OnHost(cases if in_files else {i: in_memory(case) for i, case in cases.items()})
 
 
 def choose_residence(

@@ -32,7 +32,7 @@ from panther_jax.checkpoint import (
     transfer,
 )
 from panther_jax.config import ConfigError, TrainConfig
-from panther_jax.convolution import compiler_options
+from panther_jax.convolution import compiled
 from panther_jax.log import (
     Clock,
     MetricsFile,
@@ -284,7 +284,6 @@ def prepare(
     made = streams.make_streams(
         config, store, fold, initial_patch=patch.initial_patch_size, mesh=mesh
     )
-    compiled = functools.partial(jax.jit, compiler_options=compiler_options())
     make_step = steps.make_train_steps if config.loop.steps_per_call > 1 else steps.make_train_step
     loop = Loop(
         config=config,
@@ -337,7 +336,7 @@ def compile_step(loop: Loop, state: TrainState) -> Loop:
     batch = next(loop.streams.train(0))
     try:
         with announced("compiling the training step"):
-            compiled = loop.train_step.lower(state, batch, loop.key).compile()
+            train_step = loop.train_step.lower(state, batch, loop.key).compile()
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
@@ -346,7 +345,7 @@ def compile_step(loop: Loop, state: TrainState) -> Loop:
             f"{data.batch_size}; lower --data.batch-size or --data.patch-size, or keep cases out "
             "of it with --data.resident host"
         ) from error
-    return dataclasses.replace(loop, train_step=compiled)
+    return dataclasses.replace(loop, train_step=train_step)
 
 
 # -------------------------------------------------------------------------------- after training

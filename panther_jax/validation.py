@@ -58,7 +58,7 @@ def validate(
         part = parts / f"{case_id}.npz"
         if part.is_file():
             continue
-        case = read_stored(store, case_id, resident=False)
+        case = read_stored(store, case_id)
         logits = predict(params, np.asarray(case.image))
         if save_probabilities:
             found = export.logits_to_probabilities(

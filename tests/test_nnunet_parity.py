@@ -123,8 +123,8 @@ def test_every_voxel_is_equal(
         assert found.case_ids == expected.case_ids and found.plans == expected.plans
         worst = 0.0
         for case_id in found.case_ids:
-            a = store.read_stored(found, case_id, resident=True)
-            b = store.read_stored(expected, case_id, resident=True)
+            a = store.read_stored(found, case_id)
+            b = store.read_stored(expected, case_id)
             assert a.properties == b.properties
             worst = max(worst, float(np.abs(a.image - b.image).max()))
             np.testing.assert_array_equal(a.label, b.label)

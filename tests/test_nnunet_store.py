@@ -111,7 +111,8 @@ def test_a_preprocessed_folder_is_a_store(tmp_path: Path, kind: str, resident: b
     assert opened.case_ids == tuple(f"case_{n}" for n in range(NUM_CASES))
     for number, case_id in enumerate(opened.case_ids):
         image, label = arrays_of(number)
-        case = store.read_stored(opened, case_id, resident=resident)
+        case = store.read_stored(opened, case_id)
+        case = store.in_memory(case) if resident else case
         np.testing.assert_array_equal(case.image, image)
         np.testing.assert_array_equal(case.label, label[0])
         assert isinstance(case.image, np.memmap) == (kind == "npy" and not resident)
@@ -161,15 +162,15 @@ def test_damage_is_named(tmp_path: Path) -> None:
         path = folder / f"case_1.{kind}"
         path.write_bytes(path.read_bytes()[:100])
         with pytest.raises(StoreError, match=f"case_1.{kind} cannot be read"):
-            store.read_stored(opened, "case_1", resident=True)
+            store.read_stored(opened, "case_1")
         with pytest.raises(StoreError, match="'case_9' is not in"):
-            store.read_stored(opened, "case_9", resident=True)
+            store.read_stored(opened, "case_9")
     np.save(folder / "case_2.npy", np.zeros((1, 2, 2, 2), np.float32))
     with pytest.raises(StoreError, match="image float32.*expected"):
-        store.read_stored(opened, "case_2", resident=True)
+        store.read_stored(opened, "case_2")
     (folder / "case_3.pkl").write_bytes(pickle.dumps({"spacing": [1.0]}))
     with pytest.raises(StoreError, match="case_3.pkl is not what nnU-Net's SimpleITKIO"):
-        store.read_stored(opened, "case_3", resident=True)
+        store.read_stored(opened, "case_3")
 
 
 def test_without_blosc2_the_remedy_is_named(
@@ -178,7 +179,7 @@ def test_without_blosc2_the_remedy_is_named(
     opened = store.open_store(write_folder(tmp_path, "b2nd"))
     monkeypatch.setitem(sys.modules, "blosc2", None)
     with pytest.raises(ModuleNotFoundError, match="pip install 'panther-jax"):
-        store.read_stored(opened, "case_0", resident=True)
+        store.read_stored(opened, "case_0")
 
 
 # ---------------------------------------------------------------------------------- the pickle

@@ -464,7 +464,8 @@ def test_store_holds_every_case(raw_folder: Path, tmp_path: Path) -> None:
             read_case(raw_case, raw.labels), make_plans(), raw.labels
         )
         for resident in (True, False):
-            found = store.read_stored(opened, raw_case.id, resident=resident)
+            found = store.read_stored(opened, raw_case.id)
+            found = store.in_memory(found) if resident else found
             np.testing.assert_array_equal(found.image, expected.image)
             np.testing.assert_array_equal(found.label, expected.label)
             assert found.properties == expected.properties

@@ -133,7 +133,8 @@ def test_what_is_written_is_read(folder: Path, resident: bool) -> None:
     opened = store.open_store(folder)
     assert opened.case_ids == ("a_0001", "b", "c")
     assert (opened.plans, opened.labels, opened.dataset) == (PLANS, LABELS, DATASET)
-    expected, found = make_case("b", 0), store.read_stored(opened, "b", resident=resident)
+    expected, found = make_case("b", 0), store.read_stored(opened, "b")
+    found = store.in_memory(found) if resident else found
     assert isinstance(found.image, np.memmap) is not resident
     np.testing.assert_array_equal(found.image, expected.image)
     np.testing.assert_array_equal(found.label, expected.label)
@@ -169,14 +170,14 @@ def test_damaged_file_is_named_with_the_remedy(folder: Path, file: str, damage: 
     assert not store.is_complete(folder, "b")
     opened = store.open_store(folder)
     with pytest.raises(store.StoreError, match=f"(?s){file}.*expected {len(content)} bytes.*again"):
-        store.read_stored(opened, "b", resident=False)
-    store.read_stored(opened, "c", resident=True)
+        store.read_stored(opened, "b")
+    store.read_stored(opened, "c")
 
 
 def test_another_array_of_equal_size_is_refused(folder: Path) -> None:
     np.save(folder / "b.label.npy", np.zeros((5, 4, 6), np.int8))
     with pytest.raises(store.StoreError, match=r"int8 \(5, 4, 6\), expected int8 \(4, 5, 6\)"):
-        store.read_stored(store.open_store(folder), "b", resident=False)
+        store.read_stored(store.open_store(folder), "b")
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"version": 99}', '{"version": 1}'])
@@ -184,7 +185,7 @@ def test_damaged_json_is_named(folder: Path, text: str) -> None:
     (folder / "b.json").write_text(text)
     assert not store.is_complete(folder, "b")
     with pytest.raises(store.StoreError, match="(?s)b.json cannot be used.*Delete it"):
-        store.read_stored(store.open_store(folder), "b", resident=False)
+        store.read_stored(store.open_store(folder), "b")
 
 
 def test_no_store_says_how_to_make_one(tmp_path: Path) -> None:
@@ -197,7 +198,7 @@ def test_no_store_says_how_to_make_one(tmp_path: Path) -> None:
 
 def test_absent_case_is_named(folder: Path) -> None:
     with pytest.raises(store.StoreError, match="'d' is not in the store"):
-        store.read_stored(store.open_store(folder), "d", resident=True)
+        store.read_stored(store.open_store(folder), "d")
 
 
 @pytest.mark.parametrize("case_id", ["plans", "dataset", "splits_final", "dataset_fingerprint"])

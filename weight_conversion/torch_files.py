@@ -15,6 +15,8 @@ from typing import Any
 
 import numpy as np
 
+from panther_jax.nnunet_store import MAX_ENTRIES, has_too_many_entries
+
 try:
     import torch
 except ModuleNotFoundError:
@@ -22,7 +24,6 @@ except ModuleNotFoundError:
         "nnU-Net weights need PyTorch; install it with pip install 'panther-jax[nnunet]'"
     ) from None
 
-MAX_ENTRIES = 3_000_000
 SIGNATURES = (
     (b"\x89HDF", "an HDF5 file (Keras or another framework's)"),
     (b"\x93NUMPY", "a NumPy array (.npy)"),
@@ -64,7 +65,11 @@ def read_checkpoint(path: Path) -> TorchCheckpoint:
         FileNotFoundError, TorchFileError: saying what is wrong with the file.
     """
     content = read_torch(path)
-    _require_small(path, content)
+    if has_too_many_entries(content):
+        raise TorchFileError(
+            f"{path} was refused: it holds more than {MAX_ENTRIES} entries, most of them the "
+            "same again\n  No nnU-Net checkpoint does; get it from a source you trust."
+        )
     if not isinstance(content, Mapping):
         raise TorchFileError(
             f"{path} holds a {type(content).__name__}, expected a checkpoint (a dictionary)"
@@ -80,23 +85,6 @@ def read_checkpoint(path: Path) -> TorchCheckpoint:
             "  Expected a checkpoint_final.pth or checkpoint_best.pth of nnU-Net v2."
         )
     return TorchCheckpoint(path, {str(k): _array(path, k, v) for k, v in weights.items()}, entries)
-
-
-def _require_small(path: Path, content: Any) -> None:
-    """Count entries as often as they are named: shared ones can stand for more than fits."""
-    waiting, seen = [content], 0
-    while waiting:
-        node = waiting.pop()
-        if isinstance(node, Mapping):
-            waiting += node.values()
-        elif isinstance(node, (list, tuple)):
-            waiting += node
-        seen += 1
-        if seen + len(waiting) > MAX_ENTRIES:
-            raise TorchFileError(
-                f"{path} was refused: it holds more than {MAX_ENTRIES} entries, most of them the "
-                "same again\n  No nnU-Net checkpoint does; get it from a source you trust."
-            )
 
 
 def _array(path: Path, name: Any, tensor: Any) -> np.ndarray:
