@@ -44,7 +44,8 @@ def serve_ours(policy: str, edge: int) -> None:
     import jax
     import jax.numpy as jnp
 
-    from panther_jax.augment import policies, targets
+    from panther_jax.augment import policies
+    from panther_jax.training import targets
 
     initial = policies.patch_geometry(policy, (edge,) * 3).initial_patch_size
     image, label = (jnp.asarray(x)[None, ..., None] for x in make_sample(initial))
@@ -228,13 +229,14 @@ def _step_seconds(policy: str, edge: int, calls: int) -> float:
     import jax
 
     from benchmarks import networks, ours
-    from panther_jax import convolution, steps
+    from panther_jax.devices import compiler
+    from panther_jax.training import resident, step
 
     size = networks.Size("ResEnc-L", *networks.RESENC_L, (edge,) * 3, GPU_BATCH)
     task = ours.make_task(size, policy=policy)
     _, image, label = _batch(policy, edge)
-    state, batch, key = ours.make_state(size, task), steps.Batch(image, label), jax.random.key(1)
-    train_step = convolution.compiled(steps.make_train_step(task), donate_argnums=0)
+    state, batch, key = ours.make_state(size, task), resident.Batch(image, label), jax.random.key(1)
+    train_step = compiler.compiled(step.make_train_step(task), donate_argnums=0)
     state, _ = train_step(state, batch, key)
     jax.block_until_ready(state)
     start = time.perf_counter()

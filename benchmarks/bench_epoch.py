@@ -108,22 +108,24 @@ def serve_ours(
     store_folder: str, budget: Mapping[str, Any], policy: str, per_call: int = 1
 ) -> Callable[..., Any]:
     """Answer ``()`` with seconds of an epoch, of them waiting, and the losses."""
-    from panther_jax import config, log, train
-    from panther_jax.store import open_store
+    from panther_jax import train
+    from panther_jax.config import schema
+    from panther_jax.store.store import open_store
+    from panther_jax.training import records
 
     size = networks.Size.from_json(budget["size"])
     store = open_store(Path(store_folder))
     arch, steps = size.arch, budget["steps"]
-    settings = config.TrainConfig(
-        data=config.DataConfig(
+    settings = schema.TrainConfig(
+        data=schema.DataConfig(
             NAME, configuration="3d_fullres", patch_size=size.patch, batch_size=size.batch
         ),
-        augment=config.AugmentConfig(policy=policy),  # type: ignore[arg-type]
-        arch=config.ArchConfig(
+        augment=schema.AugmentConfig(policy=policy),  # type: ignore[arg-type]
+        arch=schema.ArchConfig(
             arch.network, arch.features, arch.kernel_sizes, arch.strides, arch.blocks,
             arch.decoder_convs,
         ),
-        loop=config.LoopConfig(
+        loop=schema.LoopConfig(
             epochs=1000, steps_per_epoch=steps, steps_per_call=per_call,
             validation_steps=budget["validation_steps"],
         ),
@@ -148,7 +150,7 @@ def serve_ours(
 
     def handle() -> Any:
         seconds = gate.epoch()
-        row = log.read_metrics(loop.metrics.path)[-1]
+        row = records.read_metrics(loop.metrics.path)[-1]
         return {
             "seconds": seconds,
             "waiting": row["wait_share"] * row["seconds"],

@@ -107,7 +107,8 @@ def serve_ours(folder: str, num_folds: int, cache: str) -> Callable[..., Any]:
     import jax
 
     from benchmarks import ours
-    from panther_jax import predict
+    from panther_jax.inference import loading
+    from panther_jax.inference.folder import predict_folder
 
     jax.config.update("jax_compilation_cache_dir", cache)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
@@ -121,13 +122,11 @@ def serve_ours(folder: str, num_folds: int, cache: str) -> Callable[..., Any]:
             return {"host": harness.peak_bytes(), "device": ours.device_peak(), "name": device}
         mirror, strategy = arguments
         if arguments not in loaded:
-            loaded[arguments] = predict.load(
+            loaded[arguments] = loading.load(
                 Path(folder) / "bundle", folds=folds, mirror=mirror, strategy=strategy
             )
         start = time.perf_counter()
-        report = predict.predict_folder(
-            loaded[arguments], source, Path(f"{out}_{mirror}"), overwrite=True
-        )
+        report = predict_folder(loaded[arguments], source, Path(f"{out}_{mirror}"), overwrite=True)
         seconds = time.perf_counter() - start
         if report.failed:
             raise RuntimeError(f"prediction failed: {report.failed}")
@@ -230,7 +229,7 @@ def _compare(
 
 
 def _equal(folder: Path, folds: int, mirror: bool) -> float:
-    from panther_jax import imageio
+    from panther_jax.images import imageio
 
     names = [folder / f"{side}_{folds}_{mirror}" / "case.nii.gz" for side in ("ours", "peer")]
     ours, peer = (imageio.read_label(name)[0] for name in names)

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks import harness, networks
-from panther_jax import command
+from panther_jax.base import command
 
 LOGGER = logging.getLogger("panther_jax")
 SUITES = ("train_step", "compile", "augment", "epoch", "predict", "export")
@@ -84,7 +84,7 @@ def layer_errors(layer: tuple[int, ...]) -> dict[str, float]:
     import jax
     import jax.numpy as jnp
 
-    from panther_jax.convolution import convolve
+    from panther_jax.network.convolution import convolve
 
     cin, cout, edge, stride = layer
     rng = np.random.default_rng(0)
@@ -120,22 +120,22 @@ def network_errors(size: networks.Size) -> dict[str, float]:
     import jax.numpy as jnp
 
     from benchmarks import ours
-    from panther_jax import model
+    from panther_jax.network import unet
 
     image, label = networks.make_batch(size)
     wanted = networks.make_targets(size, label)
     rng = np.random.default_rng(1)
     params = jax.tree.map(  # the scales that start at zero would hide half of the network
         lambda a: np.asarray(a) + rng.normal(0, 0.1, a.shape).astype(np.float32),
-        model.init_params(size.arch, jax.random.key(0)),
+        unet.init_params(size.arch, jax.random.key(0)),
     )
 
     def run(dtype: str, device: Any) -> Any:
         task = ours.make_task(size, dtype)
-        net = model.build(size.arch, model.Execution("xla", dtype))  # type: ignore[arg-type]
+        net = unet.build(size.arch, unet.Execution("xla", dtype))  # type: ignore[arg-type]
 
         def objective(params: Any) -> Any:
-            outputs = model.apply(net, params, jnp.asarray(image))
+            outputs = unet.apply(net, params, jnp.asarray(image))
             return task.loss_fn(outputs, tuple(jnp.asarray(t) for t in wanted)), outputs
 
         with jax.default_device(device):

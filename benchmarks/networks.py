@@ -10,7 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from panther_jax.plans import ArchSpec, IntensityProperties, Plans, Resampler
+from panther_jax.plans.architecture import ArchSpec
+from panther_jax.plans.plans import IntensityProperties, Plans, Resampler
 
 DATASET = {
     "channel_names": {"0": "MRI"},

@@ -9,24 +9,25 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks import harness, networks
-from panther_jax import losses, model, optim, steps
 from panther_jax.augment import policies
-from panther_jax.checkpoint import TrainState
-from panther_jax.config import LossConfig, OptimConfig
-from panther_jax.convolution import compiled
-from panther_jax.plans import Labels
+from panther_jax.config.schema import LossConfig, OptimConfig
+from panther_jax.devices.compiler import compiled
+from panther_jax.network import unet
+from panther_jax.plans.labels import Labels
+from panther_jax.training import losses, optim, resident, step
+from panther_jax.weights.checkpoint import TrainState
 
 EPOCHS, STEPS_PER_EPOCH = 1000, 250
 
 
-def make_task(size: networks.Size, dtype: str = "auto", policy: str = "none") -> steps.Task:
+def make_task(size: networks.Size, dtype: str = "auto", policy: str = "none") -> step.Task:
     """A training task as ``panther_jax.train`` makes it, without a store."""
     labels = Labels.from_dataset_json(networks.DATASET)
     config = OptimConfig()
     count = size.arch.num_stages - 1
     one_output = losses.make_loss(LossConfig(), labels, batch_dice=False)
-    return steps.Task(
-        net=model.build(size.arch, model.Execution.auto(dtype)),
+    return step.Task(
+        net=unet.build(size.arch, unet.Execution.auto(dtype)),
         labels=labels,
         loss_fn=losses.deep_supervised(one_output, networks.supervision_weights(count)),
         split=lambda patches: patches,
@@ -41,17 +42,17 @@ def make_task(size: networks.Size, dtype: str = "auto", policy: str = "none") ->
     )
 
 
-def make_state(size: networks.Size, task: steps.Task) -> TrainState:
+def make_state(size: networks.Size, task: step.Task) -> TrainState:
     """The state that training starts from."""
-    params = model.init_params(size.arch, jax.random.key(0))
+    params = unet.init_params(size.arch, jax.random.key(0))
     return TrainState(jnp.zeros((), jnp.int32), params, task.optimizer.init(params))
 
 
-def train_step(size: networks.Size, task: steps.Task) -> tuple[Any, tuple[Any, ...]]:
+def train_step(size: networks.Size, task: step.Task) -> tuple[Any, tuple[Any, ...]]:
     """The jitted step, and arguments for it."""
     image, label = (jnp.asarray(a) for a in networks.make_batch(size))
-    arguments = make_state(size, task), steps.Batch(image, label), jax.random.key(1)
-    return compiled(steps.make_train_step(task), donate_argnums=0), arguments
+    arguments = make_state(size, task), resident.Batch(image, label), jax.random.key(1)
+    return compiled(step.make_train_step(task), donate_argnums=0), arguments
 
 
 class Works:
@@ -79,7 +80,7 @@ class Works:
         wanted = networks.make_targets(self.size, label)
         if not self.task.deep_supervision:
             wanted = wanted[:1]
-        params = model.init_params(self.size.arch, jax.random.key(0))
+        params = unet.init_params(self.size.arch, jax.random.key(0))
         return params, jnp.asarray(image), tuple(jnp.asarray(t) for t in wanted)
 
     def _forward(self) -> Callable[[], Any]:
@@ -135,7 +136,7 @@ def save_weights(size: networks.Size, path: str) -> None:
     """Write the weights that :class:`Works` starts from, for the peer."""
     from weight_conversion import mapping
 
-    params = model.init_params(size.arch, jax.random.key(0))
+    params = unet.init_params(size.arch, jax.random.key(0))
     state: dict[str, Any] = dict(mapping.to_state(params, size.arch))
     np.savez(path, **state)
 

@@ -16,8 +16,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks import harness, summary
-from panther_jax import command
-from panther_jax.log import duration
+from panther_jax.base import command
+from panther_jax.base.console import duration
 
 FOLDER = Path(__file__).resolve().parent
 LOGGER = logging.getLogger("panther_jax")

@@ -101,20 +101,26 @@ def soak_predict(cases: int, folder: Path) -> dict[str, Any]:
     """Predict ``cases`` scans, each of another size, with one loaded model."""
     import jax
 
-    from panther_jax import cases as case_files
-    from panther_jax import checkpoint, config, imageio, model, planning, predict
-    from panther_jax.plans import Geometry
+    from panther_jax.config import loading
+    from panther_jax.images import imageio
+    from panther_jax.images.cases import find_tasks
+    from panther_jax.inference.folder import predict_cases
+    from panther_jax.inference.loading import load
+    from panther_jax.network import unet
+    from panther_jax.planner import from_config
+    from panther_jax.plans.geometry import Geometry
+    from panther_jax.weights import bundle
 
-    settings, _ = config.load_config("smoke")
+    settings, _ = loading.load_config("smoke")
     dataset = {
         "channel_names": {"0": "MRI"},
         "labels": {"background": 0, "tumor": 1, "pancreas": 2},
         "numTraining": 1,
         "file_ending": ".mha",
     }
-    plans = planning.plans_from_config(settings, dataset, None)
-    params = jax.tree.map(np.asarray, model.init_params(plans.arch, jax.random.key(0)))
-    checkpoint.save_bundle(
+    plans = from_config.plans_from_config(settings, dataset, None)
+    params = jax.tree.map(np.asarray, unet.init_params(plans.arch, jax.random.key(0)))
+    bundle.save_bundle(
         folder / "bundle",
         params={"0": params},
         plans=plans.to_nnunet(),
@@ -128,10 +134,10 @@ def soak_predict(cases: int, folder: Path) -> dict[str, Any]:
         image = random.standard_normal(shape, np.float32)
         geometry = Geometry(shape, (6.0, 6.0, 6.0), (0.0, 0.0, 0.0), eye)
         imageio.write_image(folder / "in" / f"case_{number:04d}_0000.mha", image, geometry)
-    tasks = case_files.find_tasks(folder / "in", folder / "out", num_channels=1, file_ending=".mha")
-    predictor = predict.load(folder / "bundle")
+    tasks = find_tasks(folder / "in", folder / "out", num_channels=1, file_ending=".mha")
+    predictor = load(folder / "bundle")
     with Sampler() as sampler:
-        report = predict.predict_cases(predictor, tasks)
+        report = predict_cases(predictor, tasks)
     if report.failed or len(report.done) != cases:
         raise RuntimeError(f"{len(report.failed)} of {cases} cases failed: {report.failed}")
     return growth(sampler.samples)
@@ -139,17 +145,21 @@ def soak_predict(cases: int, folder: Path) -> dict[str, Any]:
 
 def soak_train(steps: int, folder: Path) -> dict[str, Any]:
     """Train ``steps`` tiny steps, with a checkpoint and a picture an epoch."""
-    from panther_jax import config, datasets, runs, train
-    from panther_jax.places import Places
+    from panther_jax import train
+    from panther_jax.config import loading
+    from panther_jax.config.places import Places
+    from panther_jax.images import phantom_dataset
+    from panther_jax.training import data
+    from panther_jax.training.options import Options
 
-    settings, _ = config.load_config("smoke")
+    settings, _ = loading.load_config("smoke")
     epochs = min(EPOCHS, steps)
     loop = dataclasses.replace(settings.loop, epochs=epochs, steps_per_epoch=steps // epochs)
     settings = dataclasses.replace(settings, loop=loop)
     raw = folder / "Dataset902_Soak"
-    datasets.make_phantom(raw, modality="t2", num_cases=5, seed=0)
-    options = runs.Options(fold=0, root=folder, raw=raw)
-    store = runs.prepare_store(settings, options, Places(folder))
+    phantom_dataset.make_phantom(raw, modality="t2", num_cases=5, seed=0)
+    options = Options(fold=0, root=folder, raw=raw)
+    store = data.prepare_store(settings, options, Places(folder))
     made = folder / "run"
     made.mkdir()
     loaded, state, counters = train.prepare(settings, store, made, fold=0, bundle=None)

@@ -23,8 +23,10 @@ from typing import Any
 import numpy as np
 
 from benchmarks import harness
-from panther_jax import command, datasets
-from panther_jax.log import table, write_json
+from panther_jax.base import command
+from panther_jax.base.console import table
+from panther_jax.base.files import write_json
+from panther_jax.images import phantom_dataset
 
 METRICS = ("volumetric_dice", "surface_dice", "hausdorff95", "masd")
 ARMS = {
@@ -112,8 +114,10 @@ def make_settings(
     raw = folder / "raw"
     made = raw / "Dataset999_Phantom", raw / "Dataset902_Phantom"
     if not made[1].is_dir():
-        datasets.make_phantom(made[0], modality="ct", num_cases=15, seed=CT_SEED, overwrite=True)
-        datasets.make_phantom(made[1], modality="t2", num_cases=PHANTOM_CASES, seed=MRI_SEED)
+        phantom_dataset.make_phantom(
+            made[0], modality="ct", num_cases=15, seed=CT_SEED, overwrite=True
+        )
+        phantom_dataset.make_phantom(made[1], modality="t2", num_cases=PHANTOM_CASES, seed=MRI_SEED)
     write_splits(made[1], TRAINED_PHANTOMS, seeds)
     settings = [Setting("phantom", *made)]
     if shapes is not None:
@@ -137,7 +141,7 @@ def around_shapes(raw: Path, shapes: Path) -> tuple[Path, Path]:
         chosen.mkdir(parents=True)
         for path in maps[number::2]:
             (chosen / path.name).symlink_to(path.resolve())
-        datasets.make_phantom(
+        phantom_dataset.make_phantom(
             made[-1],
             modality=modality,  # type: ignore[arg-type]
             num_cases=len(maps),
@@ -164,7 +168,9 @@ def foundation(study: Study, seed: int) -> Path:
     """Weights of a model of many organs, on CT phantoms that nothing else uses."""
     raw = study.folder / "raw" / "Dataset619_PhantomOrgans"
     if not raw.is_dir():
-        datasets.make_phantom(raw, modality="ct", num_cases=15, seed=FOUNDATION_SEED, organs=True)
+        phantom_dataset.make_phantom(
+            raw, modality="ct", num_cases=15, seed=FOUNDATION_SEED, organs=True
+        )
     run = study.train(
         f"foundation/seed_{seed}", "--config", "multitalent.py", "--fold", "all",
         "--raw", str(raw), *fields(seed, study.epochs, "no_mirroring"),

@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import harness
-from panther_jax import command
-from panther_jax.log import table
+from panther_jax.base import command
+from panther_jax.base.console import table
 
 MESHES = ((1, 1), (2, 1), (8, 1), (1, 2), (2, 2), (2, 4))
 BYTES = {"f32": 4, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "s16": 2, "pred": 1, "f64": 8}
@@ -43,26 +43,30 @@ def compiled(data: int, space: int, patch: int) -> dict[str, Any]:
     import jax
     import jax.numpy as jnp
 
-    from panther_jax import devices, losses, model, optim, steps
-    from panther_jax.checkpoint import TrainState
-    from panther_jax.config import DevicesConfig, load_config
-    from panther_jax.panther_plans import multitalent_arch
-    from panther_jax.plans import Labels
+    from panther_jax.config.loading import load_config
+    from panther_jax.config.schema import DevicesConfig
+    from panther_jax.devices.mesh import make_mesh, split_patches
+    from panther_jax.network import unet
+    from panther_jax.panther.configurations import multitalent_arch
+    from panther_jax.plans.labels import Labels
+    from panther_jax.training import losses, optim, resident
+    from panther_jax.training.step import Task, make_train_step
+    from panther_jax.weights.checkpoint import TrainState
 
     arch = multitalent_arch(1, 3)
     size = (patch,) * 3
     batch_size = max(2, data)
     wanted = DevicesConfig(data, space)
-    mesh = devices.make_mesh(wanted, batch_size=batch_size, patch_size=size, arch=arch)
+    mesh = make_mesh(wanted, batch_size=batch_size, patch_size=size, arch=arch)
     config, _ = load_config("mri_t2")
     labels = Labels.from_dataset_json({"labels": {"background": 0, "tumor": 1, "pancreas": 2}})
     loss = losses.make_loss(config.loss, labels, batch_dice=False)
     weights = losses.deep_supervision_weights(arch.num_stages - 1)
-    task = steps.Task(
-        net=model.build(arch, model.Execution(backend="xla")),
+    task = Task(
+        net=unet.build(arch, unet.Execution(backend="xla")),
         labels=labels,
         loss_fn=losses.deep_supervised(loss, weights),
-        split=devices.split_patches(mesh),
+        split=split_patches(mesh),
         augment=lambda _key, image, label: (image, label),
         optimizer=optim.make_optimizer(config.optim, lambda _: config.optim.lr),
         clip_norm=12.0,
@@ -75,18 +79,18 @@ def compiled(data: int, space: int, patch: int) -> dict[str, Any]:
             lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), tree
         )
 
-    params = abstract(model.param_shapes(arch), everywhere)
+    params = abstract(unet.param_shapes(arch), everywhere)
     optimiser = abstract(jax.eval_shape(task.optimizer.init, params), everywhere)
     state = TrainState(jax.ShapeDtypeStruct((), jnp.int32, sharding=everywhere), params, optimiser)
     shape = (batch_size, *size, 1)
-    batch = steps.Batch(
+    batch = resident.Batch(
         jax.ShapeDtypeStruct(shape, jnp.float32, sharding=in_batch),
         jax.ShapeDtypeStruct(shape, jnp.int16, sharding=in_batch),
     )
     key = jax.eval_shape(lambda: jax.random.key(0))
     key = jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=everywhere)
     start = time.perf_counter()
-    program = jax.jit(steps.make_train_step(task)).lower(state, batch, key).compile()
+    program = jax.jit(make_train_step(task)).lower(state, batch, key).compile()
     found = collectives(program.as_text())
     return {
         "mesh": [data, space],
@@ -94,7 +98,7 @@ def compiled(data: int, space: int, patch: int) -> dict[str, Any]:
         "compile_seconds": time.perf_counter() - start,
         "collectives": found,
         "ideal_bytes": ideal(arch, size, data=data, space=space, samples=batch_size // data),
-        "parameters": model.count_params(arch),
+        "parameters": unet.count_params(arch),
     }
 
 
@@ -122,7 +126,7 @@ def ideal(
     arch: Any, size: tuple[int, ...], *, data: int, space: int, samples: int
 ) -> dict[str, int]:
     """Least bytes a device: gradients reduced once; halos of 3-voxel kernels, both directions."""
-    from panther_jax.model import count_params
+    from panther_jax.network.unet import count_params
 
     gradients = 4 * count_params(arch) if data * space > 1 else 0
     halos = 0

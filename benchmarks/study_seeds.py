@@ -12,8 +12,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks import harness
-from panther_jax import command
-from panther_jax.log import table
+from panther_jax.base import command
+from panther_jax.base.console import table
 
 
 def trained(folder: Path, seed: int) -> dict[str, float]:

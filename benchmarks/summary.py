@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from panther_jax import command
+from panther_jax.base import command
 
 FOLDER = Path(__file__).resolve().parent / "results"
 PAGE, PICTURE, GPU = "README.md", "summary.png", "gpu"

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from panther_jax.plans import ArchSpec
+from panther_jax.plans.architecture import ArchSpec
 
 
 class Unit(nn.Module):

@@ -18,7 +18,7 @@ gives the latter.
 """
 
 from panther_jax.config import DataConfig, TrainConfig
-from panther_jax.recipe import panther_stage
+from panther_jax.panther.recipe import panther_stage
 
 
 def get_config(argument: str = "") -> TrainConfig:

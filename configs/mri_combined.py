@@ -15,7 +15,7 @@ every fold and task 2 is validated; with `val=task2` a fold `all` is validated o
 """
 
 from panther_jax.config import DataConfig, TrainConfig
-from panther_jax.recipe import panther_stage
+from panther_jax.panther.recipe import panther_stage
 
 
 def get_config(argument: str = "") -> TrainConfig:

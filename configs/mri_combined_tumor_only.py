@@ -15,7 +15,7 @@ models of tumour and pancreas its background is ambiguous and gets no weight (sp
 """
 
 from panther_jax.config import DataConfig, TrainConfig
-from panther_jax.recipe import panther_stage
+from panther_jax.panther.recipe import panther_stage
 
 
 def get_config(argument: str = "") -> TrainConfig:

@@ -16,7 +16,7 @@ heads, SGD at 1e-3 (the reference fork's `nnUNetTrainer1e3`).
 """
 
 from panther_jax.config import DataConfig, TrainConfig
-from panther_jax.recipe import panther_stage
+from panther_jax.panther.recipe import panther_stage
 
 
 def get_config(argument: str = "") -> TrainConfig:

@@ -16,10 +16,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from panther_jax import command, crossval, metrics, selection, statistics, workers
-from panther_jax.combination import EnsembleSpec, MemberSpec, write_ensemble
-from panther_jax.command import UsageError
-from panther_jax.crossval import (
+from panther_jax.base import command, workers
+from panther_jax.base.command import UsageError
+from panther_jax.base.console import Progress, table
+from panther_jax.base.files import read_object, write_json
+from panther_jax.ensembles import selection
+from panther_jax.ensembles.selection import (
+    Candidates,
+    CaseSources,
+    Mixture,
+    Selection,
+    SelectionError,
+)
+from panther_jax.ensembles.specification import EnsembleSpec, MemberSpec, write_ensemble
+from panther_jax.evaluation import folds, metrics, statistics
+from panther_jax.evaluation.folds import (
     Candidate,
     Checkpoint,
     Fold,
@@ -27,10 +38,9 @@ from panther_jax.crossval import (
     open_candidates,
     validation_settings,
 )
-from panther_jax.log import Progress, table, write_json
-from panther_jax.plans import Labels, LabelValue, Plans, read_object
-from panther_jax.selection import Candidates, CaseSources, Mixture, Selection, SelectionError
-from panther_jax.store import Store, open_store
+from panther_jax.plans.labels import Labels, LabelValue
+from panther_jax.plans.plans import Plans
+from panther_jax.store.store import Store, open_store
 
 LOGGER = logging.getLogger("panther_jax")
 FORMAT = "panther_jax.selection/1"
@@ -66,14 +76,14 @@ def complete_probabilities(
             missing = [
                 case
                 for case in case_ids
-                if case in fold.predictions and not crossval.probability_file(fold, case).is_file()
+                if case in fold.predictions and not folds.probability_file(fold, case).is_file()
             ]
             if missing:
                 _compute(fold, missing, checkpoint, _store(fold, missing, store))
 
 
 def _store(fold: Fold, missing: Sequence[str], store: Path | None) -> Path:
-    found = store or crossval.store_of(fold)
+    found = store or folds.store_of(fold)
     if found is not None and (fold.run / "config.json").is_file():
         return found
     remedy = (
@@ -88,16 +98,19 @@ def _store(fold: Fold, missing: Sequence[str], store: Path | None) -> Path:
 
 
 def _compute(fold: Fold, case_ids: Sequence[str], checkpoint: Checkpoint, folder: Path) -> None:
-    from panther_jax import inference, members, model, validation
+    from panther_jax.inference import sliding_window
+    from panther_jax.network import unet
+    from panther_jax.training import validation
+    from panther_jax.weights import models
 
     store = open_store(folder)
     settings = validation_settings(fold.run)
-    loaded = members.load_model(fold.run, folds=(str(fold.number),), checkpoint=checkpoint)
+    loaded = models.load_model(fold.run, folds=(str(fold.number),), checkpoint=checkpoint)
     dtype = read_object(fold.run / "config.json")["loop"]["compute_dtype"]
     _require_same_grid(store, loaded.plans, fold.run)
-    net = model.build(loaded.plans.arch, model.Execution.auto(dtype))
-    predict = inference.make_predictor(
-        lambda params, x: model.apply(net, params, x, full_only=True)[0],
+    net = unet.build(loaded.plans.arch, unet.Execution.auto(dtype))
+    predict = sliding_window.make_predictor(
+        lambda params, x: unet.apply(net, params, x, full_only=True)[0],
         tile=loaded.plans.patch_size,
         num_outputs=net.arch.num_outputs,
         mirror_axes=loaded.mirror_axes if settings.mirror else (),
@@ -173,7 +186,7 @@ def select(
         CaseSources(
             case,
             references[case],
-            tuple(crossval.probability_file(c.fold_of[case], case) for c in candidates),
+            tuple(folds.probability_file(c.fold_of[case], case) for c in candidates),
         )
         for case in case_ids
     ]
@@ -401,12 +414,12 @@ def _select(arguments: argparse.Namespace) -> str:
     candidates = open_candidates(
         arguments.candidates, arguments.checkpoint, splits=arguments.splits
     )
-    folder = crossval.reference_folder(arguments.references)
-    references, twice = crossval.label_files(folder)
+    folder = folds.reference_folder(arguments.references)
+    references, twice = folds.label_files(folder)
     if twice:
         raise SelectionError("\n".join(f"case {c!r}: {text}" for c, text in twice.items()))
     cases = common_cases(candidates, references, allow_missing=arguments.allow_missing)
-    reference_labels = crossval.read_labels(crossval.find_dataset_json([folder]))
+    reference_labels = folds.read_labels(folds.find_dataset_json([folder]))
     _tumor(settings.label, reference_labels or candidates[0].labels)  # before hours of predicting
     complete_probabilities(candidates, cases, arguments.checkpoint, store=arguments.store)
     cache: Path = arguments.cache or output.parent

@@ -1,24 +1,21 @@
-"""Score label maps against references: ``python -m panther_jax.evaluate --predictions DIR …``.
-
-The five PANTHER metrics with their presets, nnU-Net's summary, cross-validations pooled and by
-fold (``--runs``), and the comparison of two of them over the same cases (``--compare``).
-"""
+"""Score label maps against references: ``python -m panther_jax.evaluate --predictions DIR …``."""
 
 import argparse
-import csv
 import dataclasses
-import io
 import logging
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from panther_jax import command, crossval, metrics, scoring, statistics
-from panther_jax.command import UsageError
-from panther_jax.log import Progress, table, write_json, write_text
-from panther_jax.plans import LabelValue, read_json
-from panther_jax.scoring import (
+from panther_jax.base import command
+from panther_jax.base.command import UsageError
+from panther_jax.base.console import Progress
+from panther_jax.base.files import write_json
+from panther_jax.evaluation import folds, scoring
+from panther_jax.evaluation.comparison import compare, comparison_text
+from panther_jax.evaluation.results import _read_evaluation, evaluation_text, write_evaluation
+from panther_jax.evaluation.scoring import (
     Evaluation,
     EvaluationError,
     Scoring,
@@ -26,185 +23,13 @@ from panther_jax.scoring import (
     evaluate_runs,
     failure_text,
 )
+from panther_jax.plans.labels import LabelValue
 
 __all__ = ["Evaluation", "Scoring", "evaluate", "evaluate_runs", "main"]
 
 LOGGER = logging.getLogger("panther_jax")
-COMPARISON_FORMAT = "panther_jax.comparison/1"
 PRESETS = ("default", "organisers", "fork_a", "fork_b")
-COMPARED_KEYS = ("name", "preset", "spacing_order", "label", "per_subject", "failed")
-MM3_IN_ML = 1000.0
-HEADER = ("Dice", "surface Dice", "HD95 mm", "MASD mm")
 EXAMPLE = "python -m panther_jax.evaluate --predictions out --references raw/labelsTr"
-
-# -------------------------------------------------------------------------------------- results
-
-
-def write_evaluation(path: Path, result: Mapping[str, Any], summary: Mapping[str, Any]) -> None:
-    """Write ``FILE.json``, and beside it ``FILE.csv`` and nnU-Net's ``FILE.summary.json``."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    metrics.write_summary(_beside(path, ".summary.json"), summary)
-    write_text(_beside(path, ".csv"), csv_text(result))
-    write_json(path, result)
-
-
-def _beside(path: Path, ending: str) -> Path:
-    return path.with_name(path.name.removesuffix(".json") + ending)
-
-
-def csv_text(result: Mapping[str, Any]) -> str:
-    """The scored cases of an evaluation's JSON as comma-separated values, with a header."""
-    panther = (*metrics.PANTHER_METRICS, "gt_volume", "pred_volume")
-    classes = list(result["classes"])
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(
-        ["subject", "fold", *panther, "outcome", *(f"dice_{name}" for name in classes)]
-        + ["prediction_file", "reference_file"]
-    )
-    for case in result["per_subject"]:
-        writer.writerow(
-            [case["subject"], case["fold"] or "", *(case[m] for m in panther), case["outcome"]]
-            + [case["classes"][name] for name in classes]
-            + [case["prediction_file"], case["reference_file"]]
-        )
-    return text.getvalue()
-
-
-def evaluation_text(result: Mapping[str, Any]) -> str:
-    """Tables of the cases, the folds and all together, from an evaluation's JSON."""
-    cases = [
-        [
-            case["subject"],
-            *(_number(case[m]) for m in metrics.PANTHER_METRICS),
-            *(f"{case[v] / MM3_IN_ML:.2f}" for v in ("gt_volume", "pred_volume")),
-            {"missed": "missed", "false_positive": "false positive"}.get(case["outcome"], ""),
-        ]
-        for case in result["per_subject"]
-    ]
-    volumes = ("reference ml", "predicted ml", "")
-    rows = [
-        [name, str(fold["num_cases"]), *_aggregates(fold["aggregates"]), *_detections(fold)]
-        for name, fold in result["folds"].items()
-    ]
-    rows.append(
-        ["all", str(result["num_cases"]), *_aggregates(result["aggregates"]), *_detections(result)]
-    )
-    limits = [_limits(name, result["intervals"]["of"][name]) for name in statistics.AGGREGATES]
-    rows.append([f"{100 * result['intervals']['level']:g} % interval", "", *limits, "", ""])
-    means = ("cases", *HEADER, "volume RMSE ml", "missed", "false positive")
-    label, preset = result["label"], result["preset"]
-    scored = label["name"] + (f" (label {label['value']})" if preset == "default" else "")
-    scored += " (by fold label 1)" if preset == "fork_b" and result["folds"] else ""
-    return "\n\n".join(
-        [
-            table(["case", *HEADER, *volumes], cases),
-            table(["mean over cases", *means], rows),
-            f"{scored}, preset {preset}, spacing order {result['spacing_order']}; "
-            f"{result['intervals']['method']}",
-        ]
-    )
-
-
-def _aggregates(values: Mapping[str, float]) -> list[str]:
-    return [_number(_shown(name, values[name])) for name in statistics.AGGREGATES]
-
-
-def _detections(values: Mapping[str, Any]) -> list[str]:
-    return [str(values["detections"][k]) for k in ("num_missed", "num_false_positive")]
-
-
-def _limits(name: str, limits: Sequence[float]) -> str:
-    low, high = (_number(_shown(name, limit)) for limit in limits)
-    return f"{low} to {high}"
-
-
-def _shown(aggregate: str, value: float) -> float:
-    return value / MM3_IN_ML if aggregate == statistics.RMSE else value
-
-
-def _number(value: float) -> str:
-    return "-" if value != value else f"{value:.3f}"
-
-
-# ----------------------------------------------------------------------------------- comparison
-
-
-def compare(
-    baseline: Mapping[str, Any], candidate: Mapping[str, Any], *, seed: int = 0
-) -> dict[str, Any]:
-    """Compare two evaluations, as their JSON has them, over the cases that both scored.
-
-    Raises:
-        EvaluationError: if they were not scored alike, or have no case in common.
-    """
-    for what in ("preset", "spacing_order", "label"):
-        if baseline[what] != candidate[what]:
-            raise EvaluationError(
-                f"{what} is {baseline[what]} in {baseline['name']}, {candidate[what]} in "
-                f"{candidate['name']}\n  Evaluate both with the same settings."
-            )
-    ours, theirs = ([c["subject"] for c in e["per_subject"]] for e in (baseline, candidate))
-    common = [case for case in ours if case in set(theirs)]
-    changes = statistics.compare(baseline["per_subject"], candidate["per_subject"], seed=seed)
-    names = _names(baseline, candidate)
-    return {
-        "format": COMPARISON_FORMAT,
-        "baseline": names[0],
-        "candidate": names[1],
-        "num_cases": len(common),
-        "only_in_a": sorted(set(ours) - set(common)),
-        "only_in_b": sorted(set(theirs) - set(common)),
-        "metrics": [change.to_json() for change in changes],
-        "sentence": statistics.sentence(
-            changes, num_cases=len(common), baseline=names[0], candidate=names[1]
-        ),
-        "seed": seed,
-        "a": baseline,
-        "b": candidate,
-    }
-
-
-def _names(baseline: Mapping[str, Any], candidate: Mapping[str, Any]) -> tuple[str, str]:
-    names = baseline["name"], candidate["name"]
-    return names if names[0] != names[1] else (f"{names[0]} (A)", f"{names[1]} (B)")
-
-
-def comparison_text(result: Mapping[str, Any]) -> str:
-    """Table and sentence of a comparison."""
-    rows = []
-    for entry in result["metrics"]:
-        name = entry["metric"]
-        values = [_shown(name, entry[k]) for k in ("baseline", "candidate", "difference")]
-        rows.append(
-            [
-                statistics.TITLES[name],
-                *(_number(v) for v in values[:2]),
-                "-" if values[2] != values[2] else f"{values[2]:+.3f}",
-                _limits(name, (entry["low"], entry["high"])),
-                *(_p_value(entry[k]) for k in ("p", "p_holm")),
-                f"{entry['num_better']}/{entry['num_worse']}",
-                entry["verdict"],
-            ]
-        )
-    header = [f"{result['num_cases']} cases", result["baseline"], result["candidate"]]
-    header += ["difference", "95 % interval", "p", "p (Holm)", "better/worse", ""]
-    left_out = [
-        f"only in {result[name]}: {', '.join(result[key][: scoring.MAX_LISTED])}"
-        for name, key in (("baseline", "only_in_a"), ("candidate", "only_in_b"))
-        if result[key]
-    ]
-    notes = [
-        "Intervals: BCa bootstrap over cases; p: paired permutation test, corrected for the number "
-        "of metrics by Holm's method.",
-        *left_out,
-        result["sentence"],
-    ]
-    return "\n\n".join([table(header, rows), "\n".join(notes)])
-
-
-def _p_value(p: float) -> str:
-    return "-" if p != p else "<0.001" if p < 0.001 else f"{p:.3f}"
 
 
 # -------------------------------------------------------------------------------- command line
@@ -319,14 +144,14 @@ def _result(
     """The JSON of what paths name: an evaluation's file, folds of a run, or label maps."""
     if len(paths) == 1 and paths[0].is_file():
         return _read_evaluation(paths[0]), None
-    is_run = arguments.runs is not None or crossval.is_run(paths[0])
+    is_run = arguments.runs is not None or folds.is_run(paths[0])
     if arguments.predictions is not None:
         is_run = False
     if not is_run and arguments.references is None:
         raise UsageError(f"{paths[0]} is no run; score a folder of label maps with --references")
     places = [p for p in (arguments.references, *paths) if p is not None]
     settings = _scoring(arguments, places)
-    bar = _Bar(f"scoring {crossval.run_name(paths[0])}: case")
+    bar = _Bar(f"scoring {folds.run_name(paths[0])}: case")
     common = {"scoring": settings, "num_workers": arguments.workers, "progress": bar.update}
     if is_run:
         evaluation = evaluate_runs(
@@ -340,26 +165,10 @@ def _result(
     return evaluation.to_json(seed=arguments.seed), evaluation
 
 
-def _read_evaluation(path: Path) -> dict[str, Any]:
-    value = read_json(path)
-    if not isinstance(value, Mapping) or value.get("format") != scoring.FORMAT:
-        raise EvaluationError(
-            f"{path} was not written by panther_jax.evaluate --output\n  Name a run, a folder of "
-            "label maps, or such a file."
-        )
-    missing = [key for key in COMPARED_KEYS if key not in value]
-    if missing or not isinstance(value["per_subject"], list):
-        raise EvaluationError(
-            f"{path} lacks {', '.join(missing) or 'a list of cases'}\n  Write it again with "
-            "panther_jax.evaluate --output."
-        )
-    return dict(value)
-
-
 def _scoring(arguments: argparse.Namespace, places: Sequence[Path]) -> Scoring:
     """What to score, by the command line and the dataset.json that lies with the files."""
-    path = arguments.dataset_json or crossval.find_dataset_json(places)
-    labels = crossval.read_labels(path)
+    path = arguments.dataset_json or folds.find_dataset_json(places)
+    labels = folds.read_labels(path)
     if path is not None:
         LOGGER.info("labels of %s", path)
     settings = scoring.default_scoring(labels)

@@ -12,9 +12,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from panther_jax import command
-from panther_jax.command import UsageError
-from panther_jax.log import duration, write_text
+from panther_jax.base import command
+from panther_jax.base.command import UsageError
+from panther_jax.base.console import duration
+from panther_jax.base.files import write_text
 from panther_jax.reporting import page, records, sections
 from panther_jax.reporting.comparison import comparison_page
 from panther_jax.reporting.page import Card, Page, Section

@@ -21,33 +21,38 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Key
 
-from panther_jax import batches, devices, losses, model, optim, runs, steps, streams
 from panther_jax.augment import policies
-from panther_jax.checkpoint import (
-    Checkpoints,
-    Counters,
-    TrainState,
-    load_bundle,
-    params_sha256,
-    transfer,
-)
-from panther_jax.config import ConfigError, TrainConfig
-from panther_jax.convolution import compiled
-from panther_jax.log import (
+from panther_jax.base.console import Progress, announced, duration
+from panther_jax.config.schema import ConfigError, TrainConfig
+from panther_jax.devices import processes
+from panther_jax.devices.compiler import compiled
+from panther_jax.devices.mesh import make_mesh, replicate
+from panther_jax.network import unet
+from panther_jax.plans.plans import Plans
+from panther_jax.reporting.pictures import plot_progress
+from panther_jax.store.folds import fold_cases
+from panther_jax.store.store import Store
+from panther_jax.training import feeding, launch, losses, optim, provenance, sampling, signals
+from panther_jax.training.records import (
     Clock,
     MetricsFile,
-    Progress,
-    announced,
-    duration,
     read_metrics,
     tensorboard_writer,
     write_scalars,
 )
-from panther_jax.pictures import plot_progress
-from panther_jax.plans import Plans
-from panther_jax.resident import AnyBatch
-from panther_jax.store import Store, fold_cases
-from panther_jax.validation import cases_to_validate, validate_checkpoints
+from panther_jax.training.resident import AnyBatch
+from panther_jax.training.step import (
+    Task,
+    make_task,
+    make_train_step,
+    make_train_steps,
+    make_validation_step,
+    seed_key,
+)
+from panther_jax.training.validation import cases_to_validate, validate_checkpoints
+from panther_jax.weights.bundle import load_bundle, params_sha256
+from panther_jax.weights.checkpoint import Checkpoints, Counters, TrainState
+from panther_jax.weights.transfer import transfer
 
 LOGGER = logging.getLogger("panther_jax")
 WAIT_SHARE_HINT = 0.10
@@ -70,14 +75,14 @@ class Loop:
     """
 
     config: TrainConfig
-    task: steps.Task
+    task: Task
     records: Path
     checkpoints: Checkpoints
     metrics: MetricsFile
-    stop: runs.StopRequest
+    stop: signals.StopRequest
     train_step: Callable[..., Any]
     validation_step: Callable[..., Any]
-    streams: streams.Streams
+    streams: feeding.Streams
     key: Key[Array, ""]
     board: Any = None
 
@@ -112,7 +117,7 @@ def run_loop(loop: Loop, state: TrainState, counters: Counters) -> tuple[TrainSt
                 loop.checkpoints.save("latest", state, counters)
                 clock.saved()
             if stop and done < plan.total_steps:
-                raise runs.Interrupted(
+                raise signals.Interrupted(
                     f"stopped by {loop.stop.by or 'another process'} after step {done} of "
                     f"{plan.total_steps}; all is saved\n  Run the same command again to go on."
                 )
@@ -127,7 +132,7 @@ def _asked(loop: Loop, clock: Clock, done: int) -> tuple[bool, bool]:
     if jax.process_count() > 1 and done % loop.config.log.every_steps >= plan.steps_per_call:
         return False, False  # they would have to wait for each other at every call
     late = clock.since_save() > 60 * plan.checkpoint_minutes
-    stop, save = devices.any_process(bool(loop.stop.by), late)
+    stop, save = processes.any_process(bool(loop.stop.by), late)
     return stop, save or stop
 
 
@@ -254,16 +259,14 @@ def prepare(
     """
     arch, patch_size = store.plans.arch, store.plans.patch_size
     batch_size = config.data.batch_size
-    mesh = devices.make_mesh(
-        config.devices, batch_size=batch_size, patch_size=patch_size, arch=arch
-    )
-    execution = model.Execution.auto(config.loop.compute_dtype, space=mesh.shape["space"])
-    task = steps.make_task(config, store, execution, mesh)
+    mesh = make_mesh(config.devices, batch_size=batch_size, patch_size=patch_size, arch=arch)
+    execution = unet.Execution.auto(config.loop.compute_dtype, space=mesh.shape["space"])
+    task = make_task(config, store, execution, mesh)
     checkpoints = Checkpoints(folder / "checkpoints")
-    key_of = functools.partial(steps.seed_key, config.loop.seed, batches.fold_code(fold))
-    params = model.init_params(arch, key_of(batches.INIT_STREAM))
+    key_of = functools.partial(seed_key, config.loop.seed, sampling.fold_code(fold))
+    params = unet.init_params(arch, key_of(sampling.INIT_STREAM))
     fresh = TrainState(jnp.zeros((), jnp.int32), params, task.optimizer.init(params))
-    fresh = devices.replicate(fresh, mesh)
+    fresh = replicate(fresh, mesh)
     resumed = checkpoints.restore("final", fresh) or checkpoints.restore("latest", fresh)
     if resumed is not None:
         state, counters = resumed
@@ -276,27 +279,27 @@ def prepare(
             state, origin = _started_from(
                 bundle, state, config.init.stem, plans=store.plans, fold=fold
             )
-            runs.record(folder, {"starting_weights": origin})
-            state = devices.replicate(state, mesh)
-    records = folder if devices.is_primary() else Path(tempfile.mkdtemp(prefix="panther_jax_"))
+            provenance.record(folder, {"starting_weights": origin})
+            state = replicate(state, mesh)
+    records = folder if processes.is_primary() else Path(tempfile.mkdtemp(prefix="panther_jax_"))
     metrics = MetricsFile(records / "metrics.jsonl", resume_step=counters.step)
     patch = policies.patch_geometry(config.augment.policy, patch_size)
-    made = streams.make_streams(
+    made = feeding.make_streams(
         config, store, fold, initial_patch=patch.initial_patch_size, mesh=mesh
     )
-    make_step = steps.make_train_steps if config.loop.steps_per_call > 1 else steps.make_train_step
+    make_step = make_train_steps if config.loop.steps_per_call > 1 else make_train_step
     loop = Loop(
         config=config,
         task=task,
         records=records,
         checkpoints=checkpoints,
         metrics=metrics,
-        stop=runs.StopRequest(),
+        stop=signals.StopRequest(),
         train_step=compiled(make_step(task), donate_argnums=0),
-        validation_step=compiled(steps.make_validation_step(task)),
+        validation_step=compiled(make_validation_step(task)),
         streams=made,
         board=tensorboard_writer(records / "tensorboard") if config.log.tensorboard else None,
-        key=devices.replicate(key_of(batches.TRAIN_STREAM), mesh),
+        key=replicate(key_of(sampling.TRAIN_STREAM), mesh),
     )
     return loop, state, counters
 
@@ -361,7 +364,7 @@ def train_fold(
         "inference_allowed_mirroring_axes": list(geometry.mirror_axes),
         "training_cases": list(fold_cases(store, fold)[0]),
     }
-    runs.record(folder, about)
+    provenance.record(folder, about)
     loop, state, counters = prepare(config, store, folder, fold=fold, bundle=bundle)
     template = jax.tree.map(
         lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding), state
@@ -373,7 +376,7 @@ def train_fold(
         loop.stop.after_training()
     elif not loop.checkpoints.steps("final"):
         loop.checkpoints.save("final", state, counters)
-    runs.record(folder, {"params_sha256": params_sha256(state.params)})
+    provenance.record(folder, {"params_sha256": params_sha256(state.params)})
     net, checkpoints = loop.task.net, loop.checkpoints
     del loop, state  # the cases and the state make room for predicting
     tables = validate_checkpoints(
@@ -386,7 +389,9 @@ def train_fold(
         mirror_axes=geometry.mirror_axes,
         case_ids=cases_to_validate(fold_cases(store, fold)[1], config.validation.cases),
     )
-    runs.record(folder, {"finished": True, "seconds_last_session": round(time.monotonic() - start)})
+    provenance.record(
+        folder, {"finished": True, "seconds_last_session": round(time.monotonic() - start)}
+    )
     return tables
 
 
@@ -395,7 +400,7 @@ def train_fold(
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit code."""
-    return runs.main(train_fold, sys.argv[1:] if argv is None else argv)
+    return launch.main(train_fold, sys.argv[1:] if argv is None else argv)
 
 
 if __name__ == "__main__":

@@ -12,14 +12,15 @@ from pathlib import Path
 import numpy as np
 import report_runs
 import weight_files as made
-from test_members import write_bundle
-from test_predict import write_scan
-from tiny import IDENTITY, make_raw
+from tiny import IDENTITY, make_raw, write_scan
+from weight_files import write_bundle
 
-from panther_jax import imageio, planning, preprocess
-from panther_jax.config import load_config
-from panther_jax.log import write_json
-from panther_jax.plans import Geometry
+from panther_jax.base.files import write_json
+from panther_jax.config.loading import load_config
+from panther_jax.images import imageio, raw_dataset
+from panther_jax.planner import from_config
+from panther_jax.plans.geometry import Geometry
+from panther_jax.preprocessing import pipeline
 
 ROOT = Path(__file__).resolve().parent.parent
 CACHE_OFF = "--loop.no-compilation-cache"
@@ -35,11 +36,11 @@ def build(world: Path) -> Path:
     """Everything sound that the table starts from, a folder a part."""
     raw = make_raw(world / "raw")
     config, _ = load_config(str(ROOT / "configs" / "smoke.py"))
-    opened = imageio.open_raw(raw)
-    plans = planning.plans_from_config(config, opened.dataset, None)
+    opened = raw_dataset.open_raw(raw)
+    plans = from_config.plans_from_config(config, opened.dataset, None)
     (world / "plans").mkdir()
     write_json(world / PLANS, plans.to_nnunet())
-    preprocess.preprocess(opened, plans, world / "store")
+    pipeline.preprocess(opened, plans, world / "store")
     write_bundle(world / "bundle", folds=("0",))
     made.write_run(world / "run", made.RESIDUAL, steps=1, kinds={"best": 1, "final": 1})
     made.write_model_folder(world / "folder", made.RESIDUAL)

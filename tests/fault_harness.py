@@ -214,7 +214,7 @@ def unreadable(folder: Path) -> list[str]:
                 arrays = np.load(path, allow_pickle=False)
                 [arrays[name] for name in getattr(arrays, "files", ())]
             elif path.suffix == ".mha":
-                from panther_jax.imageio import read_image
+                from panther_jax.images.imageio import read_image
 
                 read_image([path])
         except Exception as error:
@@ -238,7 +238,7 @@ def lost_steps(outcomes: Sequence[Outcome]) -> list[int]:
 
 def differences(whole: Path, killed: Path) -> list[str]:
     """What differs between the folders of two trained folds that should be equal bit for bit."""
-    from panther_jax.checkpoint import Checkpoints
+    from panther_jax.weights.checkpoint import Checkpoints
 
     found = []
     for kind in ("final", "best", "latest"):
@@ -301,14 +301,16 @@ def make_store(folder: Path) -> tuple[Path, Path]:
     """A tiny raw data set and its store."""
     from tiny import make_raw
 
-    from panther_jax import imageio, planning, preprocess
-    from panther_jax.config import load_config
+    from panther_jax.config.loading import load_config
+    from panther_jax.images import raw_dataset
+    from panther_jax.planner import from_config
+    from panther_jax.preprocessing import pipeline
 
     raw = make_raw(folder / "raw")
     config, _ = load_config(str(ROOT / "configs" / "smoke.py"))
-    opened = imageio.open_raw(raw)
-    plans = planning.plans_from_config(config, opened.dataset, None)
-    preprocess.preprocess(opened, plans, folder / "store")
+    opened = raw_dataset.open_raw(raw)
+    plans = from_config.plans_from_config(config, opened.dataset, None)
+    pipeline.preprocess(opened, plans, folder / "store")
     return raw, folder / "store"
 
 

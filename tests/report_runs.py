@@ -5,9 +5,10 @@ import math
 
 import numpy as np
 
-from panther_jax import imageio, metrics
-from panther_jax.config import DataConfig, TrainConfig
-from panther_jax.plans import Geometry
+from panther_jax.config.schema import DataConfig, TrainConfig
+from panther_jax.evaluation import metrics
+from panther_jax.images import imageio
+from panther_jax.plans.geometry import Geometry
 
 SHAPE = (10, 24, 28)
 SPACING = (3.0, 2.0, 2.0)

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from bad_inputs import ROOT, TABLE, Bad, build
 
-from panther_jax import command
+from panther_jax.base import command
 
 SECONDS = 10.0
 PARTS = (

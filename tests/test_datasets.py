@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 from tiny import make_raw
 
-from panther_jax import datasets, imageio, phantom
-from panther_jax.imageio import DatasetError
+from panther_jax import datasets
+from panther_jax.base.errors import DatasetError
+from panther_jax.images import imageio, phantom, phantom_dataset, raw_dataset
+from panther_jax.images.geometry import geometry_differences
 
 
 @pytest.fixture(scope="module")
@@ -96,19 +98,19 @@ def test_organs_are_labelled_where_the_anatomy_is_the_same():
 def test_phantoms_are_written_whole(tmp_path, monkeypatch):
     done = []
     out = tmp_path / "Dataset902_Phantom"
-    datasets.make_phantom(out, num_cases=2, progress=lambda *given: done.append(given))
+    phantom_dataset.make_phantom(out, num_cases=2, progress=lambda *given: done.append(given))
     assert done == [("phantom_000", 1, 2), ("phantom_001", 2, 2)]
-    raw = imageio.open_raw(out)
-    case = imageio.read_case(raw.cases[1], raw.labels)
+    raw = raw_dataset.open_raw(out)
+    case = raw_dataset.read_case(raw.cases[1], raw.labels)
     np.testing.assert_array_equal(case.image, phantom.make_phantom_case(1).image)
     np.testing.assert_array_equal(case.label, phantom.make_phantom_case(1).label)
     with pytest.raises(DatasetError, match="exists; pass --overwrite"):
-        datasets.make_phantom(out)
+        phantom_dataset.make_phantom(out)
     monkeypatch.setattr(phantom, "make_phantom_case", lambda *_a, **_k: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        datasets.make_phantom(out, overwrite=True)
+        phantom_dataset.make_phantom(out, overwrite=True)
     assert [p.name for p in tmp_path.iterdir()] == [out.name]
-    assert len(imageio.open_raw(out).cases) == 2  # the old dataset is still there
+    assert len(raw_dataset.open_raw(out).cases) == 2  # the old dataset is still there
 
 
 def test_images_are_drawn_around_given_labels(tmp_path):
@@ -118,16 +120,16 @@ def test_images_are_drawn_around_given_labels(tmp_path):
     maps = tmp_path / "maps"
     imageio.write_label(maps / "patient_7.nii.gz", codes, reference.geometry)
     out = tmp_path / "Dataset902_Around"
-    datasets.make_phantom(out, modality="t2", num_cases=5, label_folder=maps)
-    raw = imageio.open_raw(out)
+    phantom_dataset.make_phantom(out, modality="t2", num_cases=5, label_folder=maps)
+    raw = raw_dataset.open_raw(out)
     assert [c.id for c in raw.cases] == ["patient_7"]
-    case = imageio.read_case(raw.cases[0], raw.labels)
+    case = raw_dataset.read_case(raw.cases[0], raw.labels)
     np.testing.assert_array_equal(case.label, reference.label)
-    assert imageio.geometry_differences(case.geometry, reference.geometry) == ()
+    assert geometry_differences(case.geometry, reference.geometry) == ()
     image = case.image[0]
     assert image[case.label == 1].mean() > 1.1 * image[case.label == 2].mean()  # T2: tumour bright
     with pytest.raises(DatasetError, match="no label maps"):
-        datasets.make_phantom(tmp_path / "x", label_folder=tmp_path / "Dataset902_Around")
+        phantom_dataset.make_phantom(tmp_path / "x", label_folder=tmp_path / "Dataset902_Around")
 
 
 # --------------------------------------------------------------------------------------- check

@@ -12,9 +12,11 @@ import numpy as np
 import pytest
 from fault_harness import differences, make_store
 
-from panther_jax import devices, runs, streams, train
-from panther_jax.config import load_config
-from panther_jax.store import open_store
+from panther_jax import train
+from panther_jax.config.loading import load_config
+from panther_jax.devices.mesh import make_mesh
+from panther_jax.store.store import open_store
+from panther_jax.training import feeding, launch, options
 
 
 @pytest.fixture(scope="module")
@@ -36,10 +38,10 @@ def settings(threads, *, prefetch=4, resident="host", seed=0):
 
 
 def drawn(config, store, count=6):
-    mesh = devices.make_mesh(
+    mesh = make_mesh(
         config.devices, batch_size=2, patch_size=config.data.patch_size, arch=store.plans.arch
     )
-    opened = streams.make_streams(config, store, 0, initial_patch=(10, 18, 18), mesh=mesh)
+    opened = feeding.make_streams(config, store, 0, initial_patch=(10, 18, 18), mesh=mesh)
     made = []
     for stream in (opened.train(0), opened.validation(0)):
         made += [next(stream).cut() for _ in range(count // len(made) if made else count)][:count]
@@ -64,12 +66,12 @@ def test_batches_do_not_depend_on_threads(store, threads, prefetch, resident):
 def test_the_option_for_reproducible_sums_on_a_gpu(monkeypatch, capsys):
     config = settings(1)
     monkeypatch.setenv("XLA_FLAGS", "--xla_x=1")
-    runs._set_up_jax(config, deterministic=False)
+    launch._set_up_jax(config, deterministic=False)
     assert os.environ["XLA_FLAGS"] == "--xla_x=1"
-    runs._set_up_jax(config, deterministic=True)
+    launch._set_up_jax(config, deterministic=True)
     assert os.environ["XLA_FLAGS"] == "--xla_x=1 --xla_gpu_deterministic_ops=true"
     with pytest.raises(SystemExit):
-        runs.parse(["--help"])
+        options.parse(["--help"])
     assert re.search(r"--deterministic\s+reproducible results on a GPU", capsys.readouterr().out)
 
 

@@ -4,9 +4,12 @@ import numpy as np
 import pytest
 from tiny import IDENTITY, LABELS, make_raw
 
-from panther_jax import combination, crossval, ensemble, imageio, metrics, selection
-from panther_jax.log import LOGGER
-from panther_jax.plans import Geometry
+from panther_jax import ensemble
+from panther_jax.base.console import LOGGER
+from panther_jax.ensembles import selection, specification
+from panther_jax.evaluation import folds, metrics
+from panther_jax.images import imageio
+from panther_jax.plans.geometry import Geometry
 
 SHAPE, SPACING = (6, 14, 12), (3.0, 1.2, 1.2)
 GRID = Geometry(SHAPE, SPACING, (0.0, 0.0, 0.0), IDENTITY)
@@ -94,7 +97,7 @@ def test_the_best_mixture_of_three_candidates_is_found(tmp_path, capsys):
     runs = make_candidates(tmp_path)
     assert select(tmp_path, runs) == 0
     text = capsys.readouterr().out
-    spec = combination.read_ensemble(tmp_path / "ensemble.json")
+    spec = specification.read_ensemble(tmp_path / "ensemble.json")
     assert [(m.name, m.weight) for m in spec.members] == [("first", 2.0), ("second", 1.0)]
     assert [m.model.resolve() for m in spec.members] == [r.resolve() for r in runs[:2]]
     assert spec.members[0].folds == ("0", "1", "2") and spec.members[0].step_size == 0.25
@@ -198,8 +201,8 @@ def test_cases_that_were_trained_on_are_refused(tmp_path, capsys):
 def test_splits_are_taken_from_the_store_of_the_references(tmp_path, capsys):
     """A run that has not recorded its cases, validated with the references of a store."""
     (run,) = make_candidates(tmp_path, num_candidates=1)
-    fold = crossval.find_folds([run])[0]
-    assert crossval.store_of(fold) is None
+    fold = folds.find_folds([run])[0]
+    assert folds.store_of(fold) is None
     store = tmp_path / "store"
     (store / "references").mkdir(parents=True)
     for path in (tmp_path / "raw" / "labelsTr").iterdir():
@@ -210,7 +213,7 @@ def test_splits_are_taken_from_the_store_of_the_references(tmp_path, capsys):
         for p in fold.predictions.values()
     ]
     (fold.validation / "summary.json").write_text(json.dumps({"metric_per_case": entries}))
-    assert crossval.store_of(crossval.find_folds([run])[0]) == store
+    assert folds.store_of(folds.find_folds([run])[0]) == store
 
 
 def test_missing_cases_and_probabilities(tmp_path, capsys):
@@ -255,7 +258,7 @@ def test_candidates_that_make_no_sense(tmp_path, capsys):
 def test_names_of_like_named_runs_differ(tmp_path):
     one = make_candidates(tmp_path / "a")
     other = make_candidates(tmp_path / "b")
-    found = crossval.open_candidates([one[0], other[0], one[1]])
+    found = folds.open_candidates([one[0], other[0], one[1]])
     assert [c.name for c in found] == ["first (1)", "first (2)", "second"]
     assert selection.MAX_MEMBERS == 10  # spec 05 §10.5
 
@@ -265,25 +268,28 @@ def test_missing_probabilities_are_computed_from_the_checkpoint(tmp_path, capsys
     import jax
     import jax.numpy as jnp
 
-    from panther_jax import inference, members, model, runs, validation
-    from panther_jax.checkpoint import Checkpoints, Counters, TrainState
-    from panther_jax.config import load_config
-    from panther_jax.places import Places
-    from panther_jax.store import fold_cases
+    from panther_jax.config.loading import load_config
+    from panther_jax.config.places import Places
+    from panther_jax.inference import members, sliding_window
+    from panther_jax.network import unet
+    from panther_jax.store.folds import fold_cases
+    from panther_jax.training import data, validation, workdir
+    from panther_jax.training.options import Options
+    from panther_jax.weights.checkpoint import Checkpoints, Counters, TrainState
 
     raw, root = make_raw(tmp_path / "Dataset902_Tiny"), tmp_path / "root"
     config, _ = load_config("smoke")
-    options = runs.Options(fold=0, root=root, raw=raw)
-    store = runs.prepare_store(config, options, Places(root))
+    options = Options(fold=0, root=root, raw=raw)
+    store = data.prepare_store(config, options, Places(root))
     run = root / "runs" / "smoke"
-    runs.open_workdir(run, run / "fold_0", config, store, options)
-    net = model.build(store.plans.arch, model.Execution.auto("float32"))
-    params = model.init_params(net.arch, jax.random.key(0))
+    workdir.open_workdir(run, run / "fold_0", config, store, options)
+    net = unet.build(store.plans.arch, unet.Execution.auto("float32"))
+    params = unet.init_params(net.arch, jax.random.key(0))
     state = TrainState(jnp.zeros((), jnp.int32), params, {"none": jnp.zeros(1)})
     Checkpoints(run / "fold_0" / "checkpoints").save("final", state, Counters())
     fold = run / "fold_0" / "validation_final"
-    predict = inference.make_predictor(
-        lambda p, x: model.apply(net, p, x, full_only=True)[0],
+    predict = sliding_window.make_predictor(
+        lambda p, x: unet.apply(net, p, x, full_only=True)[0],
         tile=store.plans.patch_size,
         num_outputs=net.arch.num_outputs,
     )
@@ -293,7 +299,7 @@ def test_missing_probabilities_are_computed_from_the_checkpoint(tmp_path, capsys
     output = tmp_path / "spec.json"
     given = ["select", "--candidates", run, "--references", raw, "--output", output]
     assert ensemble.main([str(a) for a in given]) == 0
-    labels = list(crossval.label_files(fold)[0].items())
+    labels = list(folds.label_files(fold)[0].items())
     for case, path in labels:
         with np.load(fold / f"{case}.npz") as found:
             decided = found["probabilities"].argmax(axis=0)
@@ -301,7 +307,7 @@ def test_missing_probabilities_are_computed_from_the_checkpoint(tmp_path, capsys
         assert (decided == imageio.read_label(path)[0]).mean() > 0.999
     assert labels and {n: (fold / n).read_bytes() for n in before} == before
     assert not list((run / "fold_0").glob(".validation*"))
-    spec = combination.read_ensemble(output)
+    spec = specification.read_ensemble(output)
     assert [(m.name, m.folds, m.mirror_axes) for m in spec.members] == [("smoke", ("0",), ())]
     (member,) = members.load_ensemble(spec).members  # as `predict --ensemble` does
     assert member.model.folds == ("0",) and member.step_size == config.validation.step_size

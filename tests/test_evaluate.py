@@ -9,13 +9,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from metric_checks import RELATIVE, RELATIVE_FLOAT32_SPACING, assert_close, without_subject
 from scipy.ndimage import gaussian_filter
-from test_metrics import RELATIVE, RELATIVE_FLOAT32_SPACING, assert_close, without_subject
 from tiny import IDENTITY, LABELS
 
-from panther_jax import crossval, evaluate, imageio, metrics, scoring
-from panther_jax.log import LOGGER
-from panther_jax.plans import Geometry
+from panther_jax import evaluate
+from panther_jax.base.console import LOGGER
+from panther_jax.evaluation import comparison, metrics, scoring
+from panther_jax.evaluation import scoring as scoring_module
+from panther_jax.evaluation.folds import validation_folder
+from panther_jax.images import imageio
+from panther_jax.plans.geometry import Geometry
 
 SHAPE, SPACING = (10, 14, 12), (3.0, 1.25, 0.8)
 
@@ -90,10 +94,10 @@ def test_files_are_scored_as_by_the_scripts(golden, tmp_path, column, preset, en
     index = write_masks(tmp_path, golden, ending)
     assert index["cases"]
     for case, entry in index["cases"].items():
-        found = evaluate.evaluate(
+        found = scoring_module.evaluate(
             tmp_path / case / "pred",
             tmp_path / case / "gt",
-            scoring=evaluate.Scoring(preset=preset),
+            scoring=scoring_module.Scoring(preset=preset),
         )
         expected = entry[column]
         subject = expected["per_subject"][0] if "per_subject" in expected else expected
@@ -480,12 +484,12 @@ def test_nnunets_own_validation_folders_are_read(tmp_path):
     made = make_run(tmp_path / "run", folders(tmp_path, num_cases=2), folds=1)
     fold = made / "fold_0"
     (fold / "validation_final").rename(fold / "validation")
-    assert crossval.validation_folder(fold, "final").name == "validation"
+    assert validation_folder(fold, "final").name == "validation"
     with pytest.raises(FileNotFoundError, match="validation_best"):
-        crossval.validation_folder(fold, "best")
+        validation_folder(fold, "best")
     (fold / "validation_final").mkdir()  # the fork: then `validation` is the best checkpoint's
-    assert crossval.validation_folder(fold, "best").name == "validation"
-    assert crossval.validation_folder(fold, "final").name == "validation_final"
+    assert validation_folder(fold, "best").name == "validation"
+    assert validation_folder(fold, "final").name == "validation_final"
 
 
 def test_two_runs_are_compared_over_common_cases(tmp_path, capsys):
@@ -530,6 +534,6 @@ def test_help_has_an_example():
         capture_output=True,
         text=True,
         check=True,
-        env={**os.environ, "PYTHONPATH": str(Path(evaluate.__file__).parent.parent)},
+        env={**os.environ, "PYTHONPATH": str(Path(comparison.__file__).parents[2])},
     )
     assert "example:" in done.stdout and "--spacing-order" in done.stdout

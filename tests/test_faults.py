@@ -11,12 +11,12 @@ import fault_harness as harness
 import numpy as np
 import pytest
 from fault_harness import Kill, Limits
-from test_members import write_bundle
-from test_predict import write_scan
-from tiny import make_raw
+from tiny import make_raw, write_scan
+from weight_files import write_bundle
 
 from panther_jax import bundle, datasets, evaluate, planning, postprocess, predict, preprocess
-from panther_jax.checkpoint import Checkpoints, load_bundle
+from panther_jax.weights.bundle import load_bundle
+from panther_jax.weights.checkpoint import Checkpoints
 
 MIB = 1 << 20
 SECONDS_TO_LIVE = 30.0

@@ -20,16 +20,19 @@ import pytest
 import weight_files as made
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from test_members import write_bundle
+from weight_files import write_bundle
 
-from panther_jax import checkpoint, imageio, store
-from panther_jax.architecture import PlansError
-from panther_jax.checkpoint import CheckpointError
-from panther_jax.combination import EnsembleError, read_ensemble
-from panther_jax.config import ConfigError, TrainConfig
-from panther_jax.imageio import DatasetError
-from panther_jax.nnunet_store import StoreError, read_pickle
-from panther_jax.plans import Geometry, Labels, Plans, Properties
+from panther_jax.base import files
+from panther_jax.base.errors import CheckpointError, DatasetError, PlansError, StoreError
+from panther_jax.config.schema import ConfigError, TrainConfig
+from panther_jax.ensembles.specification import EnsembleError, read_ensemble
+from panther_jax.images import raw_dataset
+from panther_jax.plans.geometry import Geometry, Properties
+from panther_jax.plans.labels import Labels
+from panther_jax.plans.plans import Plans
+from panther_jax.store import store
+from panther_jax.store.pickles import read_pickle
+from panther_jax.weights.bundle import load_bundle
 
 DEADLINE = timedelta(seconds=5)  # a hang
 MANY = "PANTHER_JAX_FUZZ"
@@ -133,7 +136,7 @@ def test_dataset_json(tmp_path, dataset):
     (tmp_path / "imagesTr").mkdir(exist_ok=True)
     (tmp_path / "dataset.json").write_text(json.dumps(dataset))
     with pytest.raises((PlansError, DatasetError)):  # the files are not there
-        imageio.open_raw(tmp_path)
+        raw_dataset.open_raw(tmp_path)
 
 
 SPEC = {
@@ -198,7 +201,7 @@ def test_stored_cases(tmp_path, data):
 @given(st.binary(max_size=40) | st.text(max_size=40).map(str.encode) | broken(b'{"a": [1, 2]}'))
 def test_any_bytes_as_json(tmp_path, content):
     (tmp_path / "x.json").write_bytes(content)
-    for read in (imageio.read_json, checkpoint.read_object):
+    for read in (files.read_json, files.read_object):
         try:
             read(tmp_path / "x.json")
         except PlansError as error:
@@ -228,7 +231,7 @@ def test_bundles(bundle, tmp_path, data):
     value = data.draw(damaged(json.loads((folder / name).read_text())))
     (folder / name).write_text(json.dumps(value))
     try:
-        checkpoint.load_bundle(folder)
+        load_bundle(folder)
     except (CheckpointError, PlansError) as error:
         assert len(str(error)) > 10
 
@@ -248,7 +251,7 @@ def test_weights_of_bundles(bundle, tmp_path, data):
     else:
         path.write_bytes(data.draw(broken(content[: 8 + size])) + content[8 + size :])
     try:
-        checkpoint.load_bundle(folder)
+        load_bundle(folder)
     except (CheckpointError, PlansError) as error:
         assert "fold_0.safetensors" in str(error)
 
@@ -264,7 +267,7 @@ def test_tensors_named_like_folders_of_others(bundle, tmp_path):
         content = struct.pack("<Q", len(text)) + text + b"\0" * 8
         (folder / "fold_0.safetensors").write_bytes(content)
         with pytest.raises(CheckpointError, match="fold_0.safetensors"):
-            checkpoint.load_bundle(folder)
+            load_bundle(folder)
 
 
 # -------------------------------------------------------------------------------------- pickles

@@ -8,10 +8,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from panther_jax import planning
-from panther_jax.config import ArchConfig, DataConfig, LossConfig, TrainConfig
-from panther_jax.imageio import Case, DatasetError, open_raw, read_case, write_image, write_label
-from panther_jax.plans import Geometry, Plans, PlansError
+from panther_jax.base.errors import DatasetError, PlansError
+from panther_jax.config.schema import ArchConfig, DataConfig, LossConfig, TrainConfig
+from panther_jax.images.imageio import write_image, write_label
+from panther_jax.images.raw_dataset import Case, open_raw, read_case
+from panther_jax.planner import from_config
+from panther_jax.planner.fingerprint import case_fingerprint, extract_fingerprint
+from panther_jax.plans.geometry import Geometry
+from panther_jax.plans.plans import Plans
 
 IDENTITY = (1.0, 0.0, 0.0, 0.0, 1.0, 0.0, 0.0, 0.0, 1.0)
 DATASET = {
@@ -60,7 +64,7 @@ def test_fingerprints(golden: Path) -> None:
         pattern = f"{folder.name}_fingerprint_budget*.json"
         for path in sorted((golden / "preprocessing").glob(pattern)):
             budget = int(float(path.stem.split("budget")[1]))
-            found = planning.extract_fingerprint(raw, budget=budget)
+            found = extract_fingerprint(raw, budget=budget)
             check_fingerprint(found, json.loads(path.read_text()))
             num_checked += 1
     assert num_checked
@@ -89,7 +93,7 @@ def test_samples_of_cases(golden: Path) -> None:
         for raw_case in raw.cases:
             wanted = expected[raw_case.id]
             case = read_case(raw_case, raw.labels)
-            found = planning.case_fingerprint(case, int(1e5 // len(raw.cases)))
+            found = case_fingerprint(case, int(1e5 // len(raw.cases)))
             assert list(found.shape_after_crop) == wanted["shape_after_crop"]
             assert found.relative_size == pytest.approx(wanted["relative_size"], rel=1e-12)
             assert len(found.samples) == len(wanted["first20"])
@@ -104,8 +108,8 @@ def test_samples_of_cases(golden: Path) -> None:
 
 def test_fingerprint_with_workers_is_the_same(tmp_path: Path) -> None:
     raw = open_raw(write_raw(tmp_path / "raw"))
-    one = planning.extract_fingerprint(raw, budget=3000)
-    assert one == planning.extract_fingerprint(raw, budget=3000, workers=2)
+    one = extract_fingerprint(raw, budget=3000)
+    assert one == extract_fingerprint(raw, budget=3000, workers=2)
     assert one["spacings"] == [[2.0, 1.0, 1.0], [2.0, 1.0, 2.0], [2.0, 1.0, 3.0]]
     assert list(one) == sorted(one)
 
@@ -115,7 +119,7 @@ def test_channels_are_sampled_in_turn_and_the_ignore_label_counts() -> None:
     label = np.zeros((4, 4, 4), np.int16)
     label[1, 1], label[2, 2] = 1, 3
     geometry = Geometry((4, 4, 4), (1.0, 1.0, 1.0), (0.0, 0.0, 0.0), IDENTITY)
-    found = planning.case_fingerprint(Case("c", image, label, geometry), 50)
+    found = case_fingerprint(Case("c", image, label, geometry), 50)
     random = np.random.RandomState(1234)
     for channel, samples in zip(image, found.samples, strict=True):
         np.testing.assert_array_equal(samples, random.choice(channel[label > 0], 50, replace=True))
@@ -124,24 +128,24 @@ def test_channels_are_sampled_in_turn_and_the_ignore_label_counts() -> None:
 def test_dataset_without_foreground_and_broken_cases_are_named(tmp_path: Path) -> None:
     raw = open_raw(write_raw(tmp_path / "empty", foreground=False))
     with pytest.raises(DatasetError, match="no case has a voxel labelled above 0"):
-        planning.extract_fingerprint(raw, budget=100)
+        extract_fingerprint(raw, budget=100)
     folder = write_raw(tmp_path / "broken")
     raw = open_raw(folder)
     for name in ("c0", "c2"):
         (folder / "imagesTr" / f"{name}_0000.mha").write_bytes(b"")
     with pytest.raises(DatasetError, match="(?s)2 of 3 cases.*'c0'.*'c2'"):
-        planning.extract_fingerprint(raw, budget=100)
+        extract_fingerprint(raw, budget=100)
 
 
 def test_fingerprint_is_made_only_if_needed_and_kept(tmp_path: Path) -> None:
     raw, out = open_raw(write_raw(tmp_path / "raw")), tmp_path / "store"
-    assert planning.fingerprint_if_needed(make_config(), raw, out, workers=0) is None
+    assert from_config.fingerprint_if_needed(make_config(), raw, out, workers=0) is None
     assert not out.exists()
     config = make_config(normalization=("CTNormalization",))
     kept = out / "dataset_fingerprint.json"
     kept.parent.mkdir()
     kept.write_text('{"kept": 1}')
-    assert planning.fingerprint_if_needed(config, raw, out, workers=0) == {"kept": 1}
+    assert from_config.fingerprint_if_needed(config, raw, out, workers=0) == {"kept": 1}
 
 
 # -------------------------------------------------------------------------------- plans of configs
@@ -164,7 +168,7 @@ def test_plans_take_every_field_from_the_config() -> None:
         decoder_convs=(2,),
     )
     config = dataclasses.replace(config, arch=arch, loss=LossConfig(batch_dice=True))
-    plans = planning.plans_from_config(config, DATASET)
+    plans = from_config.plans_from_config(config, DATASET)
     assert plans.dataset_name == "Dataset001_Test"
     assert (plans.plans_name, plans.configuration, plans.data_identifier) == ("P", "c", "P_c")
     assert plans.spacing == (3.0, 2.0, 1.0)
@@ -181,12 +185,12 @@ def test_plans_take_every_field_from_the_config() -> None:
 
 
 def test_resampling_of_configs() -> None:
-    torch = planning.plans_from_config(make_config(), DATASET)
+    torch = from_config.plans_from_config(make_config(), DATASET)
     lean = {"force_separate_z": False, "memefficient_seg_resampling": False}
     assert torch.resampling_image.name == torch.resampling_label.name == "resample_torch_fornnunet"
     assert dict(torch.resampling_image.kwargs) == {"is_seg": False, **lean}
     assert dict(torch.resampling_label.kwargs) == {"is_seg": True, **lean}
-    spline = planning.plans_from_config(make_config(resampling="spline"), DATASET)
+    spline = from_config.plans_from_config(make_config(resampling="spline"), DATASET)
     for plans in (torch, spline):
         assert plans.resampling_logits.name == "resample_data_or_seg_to_shape"
         assert dict(plans.resampling_logits.kwargs) == separate_z(order=1, is_seg=False)
@@ -202,16 +206,16 @@ def separate_z(**kwargs: Any) -> dict[str, Any]:
 def test_ct_needs_and_keeps_the_statistics() -> None:
     dataset = DATASET | {"channel_names": {"0": "CT"}}
     with pytest.raises(PlansError, match="fingerprint"):
-        planning.plans_from_config(make_config(), dataset)
+        from_config.plans_from_config(make_config(), dataset)
     fingerprint = {"foreground_intensity_properties_per_channel": {"0": STATISTICS}}
-    plans = planning.plans_from_config(make_config(), dataset, fingerprint)
+    plans = from_config.plans_from_config(make_config(), dataset, fingerprint)
     assert plans.normalization == ("CTNormalization",)
     assert [vars(p) for p in plans.intensity] == [STATISTICS]
     zscore = make_config(normalization=("ZScoreNormalization",))
-    assert planning.plans_from_config(zscore, dataset).intensity == ()
+    assert from_config.plans_from_config(zscore, dataset).intensity == ()
 
 
 def test_normalization_of_another_number_of_channels_is_refused() -> None:
     config = make_config(normalization=("ZScoreNormalization",) * 2)
     with pytest.raises(PlansError, match="2 scheme.*1 channel"):
-        planning.plans_from_config(config, DATASET)
+        from_config.plans_from_config(config, DATASET)

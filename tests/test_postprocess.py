@@ -7,19 +7,17 @@ import numpy as np
 import pytest
 from scipy import ndimage
 
-from panther_jax import metrics
-from panther_jax.imageio import read_label, write_label
-from panther_jax.plans import Geometry
-from panther_jax.postprocess import (
+from panther_jax.evaluation import metrics
+from panther_jax.evaluation.components import filter_components, flat_labels, keep_largest_component
+from panther_jax.evaluation.postprocessing import (
     PostprocessError,
     determine_postprocessing,
-    filter_components,
-    flat_labels,
-    keep_largest_component,
-    main,
     postprocess,
     read_postprocessing,
 )
+from panther_jax.images.imageio import read_label, write_label
+from panther_jax.plans.geometry import Geometry
+from panther_jax.postprocess import main
 
 IDENTITY = (1.0, 0.0, 0.0, 0.0, 1.0, 0.0, 0.0, 0.0, 1.0)
 

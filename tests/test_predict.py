@@ -8,30 +8,24 @@ import jax
 import numpy as np
 import pytest
 import weight_files as made
-from test_members import write_bundle
+from weight_files import write_bundle
 
-from panther_jax import cases, imageio, predict, prediction, tiles
-from panther_jax.combination import (
-    Decision,
-    EnsembleSpec,
-    MemberSpec,
-    equal_weights,
-    write_ensemble,
-)
-from panther_jax.model import Execution, Net, apply
-from panther_jax.nnunet_store import read_pickle
-from panther_jax.plans import Geometry, Properties
+from panther_jax import predict
+from panther_jax.base import errors
+from panther_jax.devices import memory
+from panther_jax.ensembles.combination import equal_weights
+from panther_jax.ensembles.specification import Decision, EnsembleSpec, MemberSpec, write_ensemble
+from panther_jax.images import cases, imageio
+from panther_jax.images.geometry import geometry_differences
+from panther_jax.inference import loading, tiles
+from panther_jax.inference import predictor as predictor_module
+from panther_jax.inference.folder import LOGGER, command, predict_cases, predict_folder
+from panther_jax.network.unet import Execution, Net, apply
+from panther_jax.plans import labels
+from panther_jax.plans.geometry import Geometry, Properties
+from panther_jax.store.pickles import read_pickle
 
 TURNED = (0.0, 1.0, 0.0, -1.0, 0.0, 0.0, 0.0, 0.0, 1.0)
-
-
-def write_scan(path, shape=(20, 22, 18), spacing=(1.2, 1.0, 0.9), seed=0):
-    rng = np.random.default_rng(seed)
-    image = 100 + 20 * rng.standard_normal(shape).astype(np.float32)
-    image[:2] = 0  # cropped away
-    geometry = Geometry(shape, spacing, (-3.0, 4.5, 10.0), TURNED)
-    imageio.write_image(path, image, geometry)
-    return path
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +35,7 @@ def bundle(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def predictor(bundle):
-    return predict.load(bundle)
+    return loading.load(bundle)
 
 
 def run(*arguments):
@@ -71,11 +65,11 @@ def test_a_folder_from_the_command_line(bundle, tmp_path, capsys, caplog):
     image, geometry = imageio.read_image([source / "case_1_0000.nii.gz"])
     label, written = imageio.read_label(out / "case_1.nii.gz")
     assert written == geometry
-    expected = predict.predict(bundle, image, geometry)
+    expected = loading.predict(bundle, image, geometry)
     np.testing.assert_array_equal(label, expected.label)
     assert len(np.unique(label)) > 1 and (label[:2] == 0).all()
     np.testing.assert_array_equal(
-        predict.predict(bundle, source / "case_1_0000.nii.gz").label, label
+        loading.predict(bundle, source / "case_1_0000.nii.gz").label, label
     )
     record = json.loads((out / "predict.json").read_text())
     steps = {"read", "preprocess", "predict", "export", "write"}
@@ -104,20 +98,20 @@ def test_a_folder_from_the_command_line(bundle, tmp_path, capsys, caplog):
 
 def test_one_file_to_one_file(predictor, tmp_path):
     scan = write_scan(tmp_path / "patient.mha")
-    report = predict.predict_folder(predictor, scan, tmp_path / "o" / "found.nii.gz")
+    report = predict_folder(predictor, scan, tmp_path / "o" / "found.nii.gz")
     assert list(report.done) == ["patient"]
     assert [p.name for p in (tmp_path / "o").iterdir()] == ["found.nii.gz"]
     label, geometry = imageio.read_label(tmp_path / "o" / "found.nii.gz")
     expected, theirs = imageio.read_image([scan])
     assert geometry.shape_zyx == theirs.shape_zyx
     np.testing.assert_array_equal(label, predictor.predict(expected, theirs).label)
-    predict.predict_folder(predictor, scan, tmp_path / "folder")
+    predict_folder(predictor, scan, tmp_path / "folder")
     assert (tmp_path / "folder" / "patient.mha").is_file()
 
 
 def test_probabilities_are_saved_for_nnunet_and_us(predictor, tmp_path):
     scan = write_scan(tmp_path / "case_0000.nii.gz")
-    predict.predict_folder(predictor, scan, tmp_path / "out", save_probabilities=True)
+    predict_folder(predictor, scan, tmp_path / "out", save_probabilities=True)
     with np.load(tmp_path / "out" / "case.npz") as arrays:
         found = arrays["probabilities"]
     label, geometry = imageio.read_label(tmp_path / "out" / "case.nii.gz")
@@ -132,9 +126,9 @@ def test_probabilities_are_saved_for_nnunet_and_us(predictor, tmp_path):
     assert Properties.from_json(stored).geometry == geometry
     # without its probabilities a case is not done
     (tmp_path / "out" / "case.npz").unlink()
-    again = predict.predict_folder(predictor, scan, tmp_path / "out", save_probabilities=True)
+    again = predict_folder(predictor, scan, tmp_path / "out", save_probabilities=True)
     assert list(again.done) == ["case"]
-    assert predict.predict_folder(predictor, scan, tmp_path / "out").skipped == ["case"]
+    assert predict_folder(predictor, scan, tmp_path / "out").skipped == ["case"]
 
 
 @pytest.mark.parametrize("shape", [(5, 6, 7), (1, 1, 1), (40, 3, 9)])
@@ -164,12 +158,12 @@ def test_cases_overlap_and_wait_for_each_other(tmp_path):
                 alive.discard(float(case.flat[-1]))
             geometry = Geometry((4, 4, 4), (1.0,) * 3, (0.0,) * 3, TURNED)
             properties = Properties(geometry, (4, 4, 4), ((0, 4),) * 3, (4, 4, 4))
-            return prediction.Prediction(np.zeros((4, 4, 4), np.uint8), None, properties)
+            return predictor_module.Prediction(np.zeros((4, 4, 4), np.uint8), None, properties)
 
     for seed in range(6):
         write_scan(tmp_path / f"c{seed}_0000.mha", (4, 4, 4), seed=seed)
     tasks = cases.find_tasks(tmp_path, tmp_path / "o", num_channels=1, file_ending=".mha")
-    report = predict.predict_cases(Slow(), tasks)
+    report = predict_cases(Slow(), tasks)
     assert list(report.done) == [f"c{i}" for i in range(6)]
     assert 2 <= max(most) <= 4
 
@@ -188,7 +182,7 @@ def test_the_whole_chain_equals_the_reference(golden, tmp_path):
     for path in expected:
         label, geometry = imageio.read_label(out / path.name)
         theirs, same = imageio.read_label(path)
-        assert imageio.geometry_differences(geometry, same) == ()
+        assert geometry_differences(geometry, same) == ()
         assert (label == theirs).mean() >= 0.9999  # issue 6; README: 0.99
         stem = path.name.removesuffix(".nii.gz")
         ours, reference = (np.load(f / f"{stem}.npz")["probabilities"] for f in (out, path.parent))
@@ -200,7 +194,7 @@ def test_the_whole_chain_equals_the_reference(golden, tmp_path):
     arrays = np.load(folder / "intermediate.npz")
     (scan,) = (folder / "in").iterdir()
     image, geometry = imageio.read_image([scan])
-    ready = predict.load(model, mirror=True, accumulate="reference")
+    ready = loading.load(model, mirror=True, accumulate="reference")
     case = ready.prepare(image, geometry)
     np.testing.assert_allclose(case.images[0], arrays["preprocessed"], atol=1e-3)  # README
     (logits,) = ready.infer(case)
@@ -208,7 +202,7 @@ def test_the_whole_chain_equals_the_reference(golden, tmp_path):
     wanted = arrays[name].astype(np.float32)
     close = np.abs(logits - wanted) <= 0.02 + 0.01 * np.abs(wanted)  # README, sliding window
     assert close.mean() >= 0.995
-    plain = predict.predict(model, image, geometry, accumulate="reference").label
+    plain = loading.predict(model, image, geometry, accumulate="reference").label
     assert (plain == arrays["seg_single_npy_nomirror"]).mean() >= 0.9999
 
 
@@ -241,11 +235,11 @@ def test_bad_cases_are_listed_and_the_others_are_done(bundle, tmp_path, caplog, 
     broken = image[0].copy()
     broken[3, 4, 5] = np.nan
     imageio.write_image(source / "nan_0000.mha", broken, geometry)
-    monkeypatch.setattr(prediction, "available_memory", lambda: 10**9)
+    monkeypatch.setattr(predictor_module, "available_memory", lambda: 10**9)
 
     errors = []
-    monkeypatch.setattr(predict.LOGGER, "error", lambda text, *a: errors.append(text % a))
-    monkeypatch.setattr(predict.command.LOGGER, "error", lambda text, *a: errors.append(text % a))
+    monkeypatch.setattr(LOGGER, "error", lambda text, *a: errors.append(text % a))
+    monkeypatch.setattr(command.LOGGER, "error", lambda text, *a: errors.append(text % a))
     assert run("--model", bundle, "--input", source, "--output", out) == 1
     assert {p.name for p in out.glob("*.mha")} == {"good.mha", "tiny.mha"}
     final = errors[-1]
@@ -278,25 +272,27 @@ def test_bad_arrays_are_refused(predictor):
         with pytest.raises(ValueError, match=message):
             predictor.predict(wrong, (1.0, 1.0, 1.0))
     with pytest.raises(ValueError, match="needs its geometry"):
-        predict.predict(predictor, image)
+        loading.predict(predictor, image)
 
 
 def test_huge_images_are_refused_before_they_are_resampled(predictor, monkeypatch):
     image = np.zeros((1, 10, 10, 10), np.float32)
     image[0, 4, 4, 4:6] = 1
-    monkeypatch.setattr(prediction, "available_memory", lambda: 2 * 10**8)
-    monkeypatch.setattr(prediction, "preprocess_image", lambda *a: pytest.fail("went on"))
-    with pytest.raises(prediction.ImageError, match=r"become \(3000, .*takes .* GB .* 0.2 GB are"):
+    monkeypatch.setattr(predictor_module, "available_memory", lambda: 2 * 10**8)
+    monkeypatch.setattr(predictor_module, "preprocess_image", lambda *a: pytest.fail("went on"))
+    with pytest.raises(
+        predictor_module.ImageError, match=r"become \(3000, .*takes .* GB .* 0.2 GB are"
+    ):
         predictor.prepare(np.ones_like(image), (300.0, 300.0, 300.0))
     monkeypatch.undo()
-    monkeypatch.setattr(prediction, "available_memory", lambda: 2 * 10**8)
+    monkeypatch.setattr(predictor_module, "available_memory", lambda: 2 * 10**8)
     # most of this one is cropped away
     predictor.prepare(image, (20.0, 20.0, 20.0))
-    assert prediction.available_memory() is None or prediction.available_memory() > 10**6
+    assert memory.available_memory() is None or memory.available_memory() > 10**6
 
 
 def test_memory_is_found_on_this_machine():
-    found = prediction.available_memory()
+    found = memory.available_memory()
     assert found is None or found > 10**7
 
 
@@ -321,12 +317,12 @@ def test_a_model_that_cannot_be_used_is_named(bundle, tmp_path, capsys):
 
 def test_nothing_to_predict(predictor, tmp_path):
     with pytest.raises(FileNotFoundError, match="does not exist"):
-        predict.predict_folder(predictor, tmp_path / "gone", tmp_path / "o")
+        predict_folder(predictor, tmp_path / "gone", tmp_path / "o")
     (tmp_path / "x.txt").write_text("")
-    with pytest.raises(imageio.DatasetError, match="holds no image"):
-        predict.predict_folder(predictor, tmp_path, tmp_path / "o")
-    with pytest.raises(imageio.DatasetError, match="ending is none of"):
-        predict.predict_folder(predictor, tmp_path / "x.txt", tmp_path / "o")
+    with pytest.raises(errors.DatasetError, match="holds no image"):
+        predict_folder(predictor, tmp_path, tmp_path / "o")
+    with pytest.raises(errors.DatasetError, match="ending is none of"):
+        predict_folder(predictor, tmp_path / "x.txt", tmp_path / "o")
 
 
 @pytest.mark.parametrize(
@@ -390,15 +386,15 @@ def test_several_models_are_the_mean_of_their_probabilities(bundle, tmp_path):
     image, spacing = scan_in_memory()
     second = write_bundle(tmp_path / "second", made.DROPPED, folds=("4",))
     alone = [
-        predict.predict(m, image, spacing, probabilities=True).probabilities
+        loading.predict(m, image, spacing, probabilities=True).probabilities
         for m in (bundle, second)
     ]
-    both = predict.predict([bundle, second], image, spacing, probabilities=True)
-    mean = equal_weights(["a", "b"], prediction.Labels.from_dataset_json(made.DATASET))
+    both = loading.predict([bundle, second], image, spacing, probabilities=True)
+    mean = equal_weights(["a", "b"], labels.Labels.from_dataset_json(made.DATASET))
     np.testing.assert_allclose(both.probabilities, mean.combine(alone), atol=1e-6)
     np.testing.assert_array_equal(both.label, both.probabilities.argmax(0))
     np.testing.assert_array_equal(
-        predict.predict([bundle, second], image, spacing).label, both.label
+        loading.predict([bundle, second], image, spacing).label, both.label
     )
 
 
@@ -415,10 +411,10 @@ def test_unlike_members_from_a_file(bundle, other, tmp_path):
     arguments = ["--ensemble", tmp_path / "spec.json", "--input", scan, "--output", out]
     assert run(*arguments, "--save-probabilities") == 0
     image, geometry = imageio.read_image([scan])
-    first = predict.predict(
+    first = loading.predict(
         bundle, image, geometry, probabilities=True, folds=("1",), mirror=True
     ).probabilities
-    second = predict.predict(
+    second = loading.predict(
         other, image, geometry, probabilities=True, step_size=1.0
     ).probabilities
     expected = np.stack([first[0], (first[1] + 2 * second[1]) / 3, first[2]])
@@ -430,7 +426,7 @@ def test_unlike_members_from_a_file(bundle, other, tmp_path):
     saved = np.load(out / "case.npz")["probabilities"]
     np.testing.assert_allclose(saved, expected / expected.sum(0), atol=1e-5)
     threshold = EnsembleSpec(spec.members, decision=Decision("threshold", 0.4, "lesion"))
-    found = predict.predict(threshold, image, geometry).label
+    found = loading.predict(threshold, image, geometry).label
     assert set(np.unique(found)) == {0, 1}
     clear = np.abs(expected[1] - 0.4) > 1e-5
     np.testing.assert_array_equal(found[clear], expected[1][clear] > 0.4)
@@ -441,10 +437,10 @@ def test_logits_of_models_are_averaged_as_those_of_folds(bundle, tmp_path):
     spec = EnsembleSpec(
         tuple(MemberSpec(f, bundle, folds=(f,)) for f in ("0", "1")), combine="logits"
     )
-    found = predict.predict(spec, image, spacing, probabilities=True)
-    folds = predict.predict(bundle, image, spacing, probabilities=True)
+    found = loading.predict(spec, image, spacing, probabilities=True)
+    folds = loading.predict(bundle, image, spacing, probabilities=True)
     np.testing.assert_allclose(found.probabilities, folds.probabilities, atol=1e-6)
-    np.testing.assert_array_equal(predict.predict(spec, image, spacing).label, folds.label)
+    np.testing.assert_array_equal(loading.predict(spec, image, spacing).label, folds.label)
 
 
 def test_regions(tmp_path):
@@ -456,12 +452,12 @@ def test_regions(tmp_path):
     arch = made.dataclasses.replace(made.RESIDUAL, num_outputs=2)
     folder = write_bundle(tmp_path / "regions", arch, dataset=dataset)
     image, spacing = scan_in_memory()
-    found = predict.predict(folder, image, spacing, probabilities=True)
+    found = loading.predict(folder, image, spacing, probabilities=True)
     whole, lesion = found.probabilities > 0.5
     np.testing.assert_array_equal(found.label, np.where(lesion, 1, np.where(whole, 2, 0)))
     assert len(np.unique(found.label)) == 3
-    np.testing.assert_array_equal(predict.predict(folder, image, spacing).label, found.label)
-    both = predict.predict([folder, folder], image, spacing, probabilities=True)
+    np.testing.assert_array_equal(loading.predict(folder, image, spacing).label, found.label)
+    both = loading.predict([folder, folder], image, spacing, probabilities=True)
     np.testing.assert_allclose(both.probabilities, found.probabilities, atol=1e-6)
     np.testing.assert_array_equal(both.label, found.label)
 
@@ -472,9 +468,9 @@ def test_strategies_agree(tmp_path, strategy):
         pytest.skip("needs several devices")
     image, spacing = scan_in_memory(shape=(12, 18, 10))
     folder = write_bundle(tmp_path / "m", folds=("0", "1", "2"))
-    expected = predict.predict(folder, image, spacing, probabilities=True, strategy="loop")
+    expected = loading.predict(folder, image, spacing, probabilities=True, strategy="loop")
     calls = []
-    found = predict.predict(
+    found = loading.predict(
         folder,
         image,
         spacing,
@@ -488,7 +484,7 @@ def test_strategies_agree(tmp_path, strategy):
 
 def test_a_whole_volume_is_one_tile_split_over_the_devices(bundle, monkeypatch):
     image, geometry = scan_in_memory()
-    whole = predict.load(bundle, folds=["0"], whole_volume=True)
+    whole = loading.load(bundle, folds=["0"], whole_volume=True)
     case = whole.prepare(image, geometry)
     found = np.asarray(whole.infer(case)[0])
     ((index, tile),) = whole._arranged
@@ -513,11 +509,11 @@ def test_a_whole_volume_is_one_tile_split_over_the_devices(bundle, monkeypatch):
 def test_accumulation_on_the_device_gives_the_same(bundle):
     image, spacing = scan_in_memory()
     host, device = (
-        predict.predict(bundle, image, spacing, accumulate_on=place).label
+        loading.predict(bundle, image, spacing, accumulate_on=place).label
         for place in ("host", "device")
     )
     np.testing.assert_array_equal(host, device)
-    kept = predict.predict(
+    kept = loading.predict(
         bundle, image, spacing, accumulate_on="device", probabilities=True
     ).probabilities
     np.testing.assert_array_equal(kept.argmax(0), device)

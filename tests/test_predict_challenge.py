@@ -11,16 +11,13 @@ import SimpleITK as sitk
 import weight_files as made
 
 from panther_jax import predict_challenge
-from panther_jax.checkpoint import save_bundle
-from panther_jax.plans import Geometry, Labels
-from panther_jax.predict import load, predict
-from panther_jax.predict_challenge import (
-    ChallengeError,
-    Recipe,
-    main,
-    segment,
-    tumor_mask,
-)
+from panther_jax.inference.loading import load, predict
+from panther_jax.panther import container
+from panther_jax.panther.container import ChallengeError, Recipe, segment, tumor_mask
+from panther_jax.plans.geometry import Geometry
+from panther_jax.plans.labels import Labels
+from panther_jax.predict_challenge import main
+from panther_jax.weights.bundle import save_bundle
 
 SLUGS = {"t1": "abdominal-t1-mri", "t2": "abdominal-t2-mri"}
 OUTPUT = Path("images/pancreatic-tumor-segmentation")
@@ -93,7 +90,7 @@ def test_checkpoint_of_the_task_and_settings_reach_the_predictor(tmp_path, monke
         asked.append((model, options))
         raise ValueError("enough")
 
-    monkeypatch.setattr(predict_challenge, "load", refuse)
+    monkeypatch.setattr(container, "load", refuse)
     for task in ("t1", "t2"):
         write_case(tmp_path, task)
         assert run(capsys, "--task", task, "--model", "m", "--input", tmp_path,
@@ -196,7 +193,7 @@ def stand_ins(monkeypatch):
         model.seen.append(image.shape[1:])
         return SimpleNamespace(label=model.label_of(image[0]))
 
-    monkeypatch.setattr(predict_challenge, "predict", answer)
+    monkeypatch.setattr(container, "predict", answer)
 
 
 def scan():
@@ -263,9 +260,9 @@ def test_the_largest_component():
 )
 def test_fewer_folds_where_time_is_short(limit, num_folds, expected, monkeypatch):
     clock = [0.0]
-    monkeypatch.setattr(predict_challenge.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(container.time, "monotonic", lambda: clock[0])
     monkeypatch.setattr(
-        predict_challenge, "_with_folds", lambda _, count: stand_in(as_it_is, num_folds=count)
+        container, "_with_folds", lambda _, count: stand_in(as_it_is, num_folds=count)
     )
     asked = []
 
@@ -278,7 +275,7 @@ def test_fewer_folds_where_time_is_short(limit, num_folds, expected, monkeypatch
             clock[0] += 1.0
         return SimpleNamespace(label=as_it_is(image[0]))
 
-    monkeypatch.setattr(predict_challenge, "predict", answer)
+    monkeypatch.setattr(container, "predict", answer)
     model = stand_in(as_it_is, num_folds=num_folds)
     mask = segment(Recipe(model), scan(), GEOMETRY, deadline=limit)
     assert asked == expected
@@ -287,7 +284,7 @@ def test_fewer_folds_where_time_is_short(limit, num_folds, expected, monkeypatch
 
 def test_fewer_folds_are_the_first_ones(bundle):
     image = np.random.default_rng(4).normal(size=(1, 16, 16, 16)).astype(np.float32)
-    fewer = predict_challenge._with_folds(load(bundle), 1)
+    fewer = container._with_folds(load(bundle), 1)
     expected = predict(bundle, image, (1.0, 1.0, 1.0), folds=("0",)).label
     np.testing.assert_array_equal(predict(fewer, image, (1.0, 1.0, 1.0)).label, expected)
     both = predict(bundle, image, (1.0, 1.0, 1.0)).label
@@ -296,7 +293,7 @@ def test_fewer_folds_are_the_first_ones(bundle):
 
 # ----------------------------------------------------------------------------------- container
 
-ROOT = Path(predict_challenge.__file__).resolve().parent.parent
+ROOT = Path(container.__file__).resolve().parents[2]
 CONTAINER = ROOT / "docs" / "container"
 
 

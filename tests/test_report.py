@@ -11,7 +11,8 @@ import pytest
 import report_runs as made
 from headless import CHROMIUM, browser
 
-from panther_jax import report, statistics
+from panther_jax import report
+from panther_jax.evaluation import statistics
 from panther_jax.reporting import comparison, overlays, records
 
 CASES = {"case_a": 5.0, "case_b": 4.0, "case_c": 6.0, "case_d": 0.0, "case_e": 5.0, "case_f": 3.0}
@@ -314,7 +315,7 @@ def test_a_reference_path_relative_to_where_training_ran_is_found(root, monkeypa
 
 
 def test_label_maps_on_another_grid_leave_the_others(root):
-    from panther_jax import imageio
+    from panther_jax.images import imageio
 
     run = root / "runs" / "better"
     small = made.label_map(4.0, shape=(4, 4, 4))

@@ -9,13 +9,14 @@ from pathlib import Path
 import pytest
 import weight_files as made
 from bad_inputs import put, slipped
-from test_members import write_bundle
 from tiny import make_raw
+from weight_files import write_bundle
 
-from panther_jax import checkpoint, crossval, imageio
-from panther_jax.checkpoint import CheckpointError
-from panther_jax.crossval import CrossValidationError
-from panther_jax.imageio import DatasetError
+from panther_jax.base.errors import CheckpointError, DatasetError
+from panther_jax.evaluation import folds
+from panther_jax.evaluation.folds import CrossValidationError
+from panther_jax.images import imageio, raw_dataset
+from panther_jax.weights import bundle
 
 ROOT = Path(__file__).resolve().parent.parent
 SOURCES = sorted(
@@ -38,10 +39,13 @@ FORBIDDEN_MODULES = {
 FORBIDDEN_METHODS = {"extract", "extractall", "unpack_archive"}
 REVIEWED = {
     (
-        "panther_jax/nnunet_store.py",
+        "panther_jax/store/pickles.py",
         "import pickle",
     ): "restricted in, plain values out",
-    ("panther_jax/config.py", "exec_module"): "config files are Python: the user's own code",
+    (
+        "panther_jax/config/loading.py",
+        "exec_module",
+    ): "config files are Python: the user's own code",
     ("weight_conversion/torch_files.py", "torch.load"): "weights_only=True with a list of types",
     ("benchmarks/run.py", "import_module"): "modules of this repository, by its own table",
     ("benchmarks/harness.py", "import_module"): "modules of this repository, by its own table",
@@ -142,7 +146,7 @@ def test_archives_are_never_unpacked_and_paths_do_not_lead_out(tmp_path):
         file.writestr("../../outside.npy", b"x")
         file.writestr("probabilities.npy", b"no array")
     with pytest.raises(CrossValidationError, match="cannot be read"):
-        crossval.unpack_probabilities(box / "case.npz", box / "unpacked.npy")
+        folds.unpack_probabilities(box / "case.npz", box / "unpacked.npy")
     made_files = {p.relative_to(tmp_path).as_posix() for p in tmp_path.rglob("*") if p.is_file()}
     assert made_files <= {f"a/b/box/{n}" for n in ("checkpoint.pth", "case.npz", "unpacked.npy")}
 
@@ -154,7 +158,7 @@ def test_case_ids_that_lead_out_of_the_folder_are_refused(tmp_path, case_id):
     entry = {"images": ["imagesTr/case_0_0000.mha"], "label": "labelsTr/case_0.mha"}
     (raw / "dataset.json").write_text(json.dumps(dataset | {"dataset": {case_id: entry}}))
     with pytest.raises(DatasetError, match="cannot be used as a file name"):
-        imageio.open_raw(raw)
+        raw_dataset.open_raw(raw)
 
 
 @pytest.mark.parametrize(
@@ -180,15 +184,16 @@ def test_the_checksum_of_a_bundle_is_verified(tmp_path):
     content[-1] ^= 1  # the last bit of a weight: the file is as readable as before
     path.write_bytes(content)
     with pytest.raises(CheckpointError, match="SHA-256"):
-        checkpoint.load_bundle(folder)
+        bundle.load_bundle(folder)
     content[-1] ^= 1
     path.write_bytes(content)
-    assert checkpoint.load_bundle(folder).plans.arch == made.RESIDUAL
+    assert bundle.load_bundle(folder).plans.arch == made.RESIDUAL
 
 
 def test_plans_cannot_name_code(tmp_path):
     """Import paths in plans are looked up in tables; nothing is imported by name."""
-    from panther_jax.plans import Plans, PlansError
+    from panther_jax.base.errors import PlansError
+    from panther_jax.plans.plans import Plans
 
     plans = made.make_plans(made.RESIDUAL).to_nnunet()
     entry = plans["configurations"]["3d_fullres"]

@@ -15,30 +15,28 @@ import numpy as np
 import pytest
 from tiny import make_raw
 
-from panther_jax import (
-    batches,
-    bundle,
-    cascade,
-    imageio,
-    log,
-    model,
-    runs,
-    steps,
-    streams,
-    train,
-    validation,
-)
-from panther_jax.checkpoint import Checkpoints, load_bundle, params_sha256
-from panther_jax.config import ConfigError, LoopConfig, apply_overrides, load_config
-from panther_jax.log import read_metrics
-from panther_jax.places import Places
-from panther_jax.store import fold_cases
+from panther_jax import bundle, train
+from panther_jax.base import files
+from panther_jax.config.loading import apply_overrides, load_config
+from panther_jax.config.places import Places
+from panther_jax.config.schema import ConfigError, LoopConfig
+from panther_jax.images import imageio
+from panther_jax.network import unet
+from panther_jax.panther import chain
+from panther_jax.store.folds import fold_cases
+from panther_jax.training import feeding, launch, sampling, signals, validation
+from panther_jax.training import step as step_module
+from panther_jax.training.data import prepare_store
+from panther_jax.training.options import Options
+from panther_jax.training.records import read_metrics
+from panther_jax.weights.bundle import load_bundle, params_sha256
+from panther_jax.weights.checkpoint import Checkpoints
 
 ROOT = Path(__file__).resolve().parent.parent
 
 
 def options(root, raw, **changes):
-    return runs.Options(**{"fold": 0, "root": root, "raw": raw, **changes})
+    return Options(**{"fold": 0, "root": root, "raw": raw, **changes})
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -69,7 +67,7 @@ def smoke():
 @pytest.fixture(scope="module")
 def store(raw, smoke, tmp_path_factory):
     root = tmp_path_factory.mktemp("root")
-    return runs.prepare_store(smoke, options(root, raw), Places(root))
+    return prepare_store(smoke, options(root, raw), Places(root))
 
 
 @pytest.fixture(scope="module")
@@ -86,7 +84,7 @@ def final_params(folder):
 
     path = next(p for p in (folder / "checkpoints" / "final").iterdir() if p.name.isdigit())
     restored = ocp.StandardCheckpointer().restore(path / "params")
-    return {"/".join(p): np.asarray(leaf) for p, leaf in model.walk(restored)}
+    return {"/".join(p): np.asarray(leaf) for p, leaf in unet.walk(restored)}
 
 
 def assert_same_training(folder, other):
@@ -129,7 +127,7 @@ def test_a_run_leaves_what_the_design_promises(finished, store):
 def test_a_run_becomes_a_bundle_that_the_next_stage_starts_from(finished, store, smoke, tmp_path):
     run = tmp_path / "first"
     shutil.copytree(finished[0], run / "fold_0")
-    log.write_json(run / "config.json", smoke.to_json())
+    files.write_json(run / "config.json", smoke.to_json())
     for name in ("plans.json", "dataset.json"):
         shutil.copy(store.folder / name, run / name)
     out = tmp_path / "weights"
@@ -141,7 +139,7 @@ def test_a_run_becomes_a_bundle_that_the_next_stage_starts_from(finished, store,
     record = loaded.provenance["checkpoints"]["0"]
     assert record["params_sha256"] == about["params_sha256"] == params_sha256(trained)
     assert record["step"] == 6 and set(record["metrics"]) == {"1", "2"}
-    assert cascade.bundle_state(out, run, "0").status == "done"
+    assert chain.bundle_state(out, run, "0").status == "done"
 
     second = tmp_path / "second" / "fold_0"
     second.mkdir(parents=True)
@@ -149,10 +147,10 @@ def test_a_run_becomes_a_bundle_that_the_next_stage_starts_from(finished, store,
         smoke, loop=dataclasses.replace(smoke.loop, epochs=1, steps_per_epoch=1)
     )
     train.train_fold(short, store, second, fold=0, bundle=out)
-    assert cascade.training_state(second, out).status == "done"
+    assert chain.training_state(second, out).status == "done"
     provenance = json.loads((out / "provenance.json").read_text())
     (out / "provenance.json").write_text(json.dumps({**provenance, "sha256": {"other": "x"}}))
-    assert cascade.training_state(second, out).status == "stale"
+    assert chain.training_state(second, out).status == "stale"
 
 
 def test_a_bundle_needs_a_finished_run(finished, tmp_path, capsys):
@@ -184,7 +182,7 @@ def test_no_case_of_task_2_is_an_error():
 
 
 def test_label_maps_lie_on_the_raw_grid(finished, store):
-    from panther_jax.imageio import read_label
+    from panther_jax.images.imageio import read_label
 
     folder, _ = finished
     for path in (folder / "validation_final").glob("*.mha"):
@@ -215,8 +213,8 @@ def test_a_signal_saves_and_the_run_resumes_exactly(finished, store, smoke, tmp_
     folder = tmp_path / "fold_0"
     folder.mkdir()
     with monkeypatch.context() as patch:
-        patch.setattr(runs.StopRequest, "listen", lambda self: setattr(self, "by", "SIGTERM"))
-        with pytest.raises(runs.Interrupted, match="SIGTERM after step 1 of 6"):
+        patch.setattr(signals.StopRequest, "listen", lambda self: setattr(self, "by", "SIGTERM"))
+        with pytest.raises(signals.Interrupted, match="SIGTERM after step 1 of 6"):
             train.train_fold(smoke, store, folder, fold=0, bundle=None)
     assert Checkpoints(folder / "checkpoints").steps("latest") == (1,)  # in the middle of an epoch
     train.train_fold(smoke, store, folder, fold=0, bundle=None)
@@ -227,7 +225,7 @@ def test_signals_are_heard():
     handlers = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
     try:
         for number in handlers:
-            stop = runs.StopRequest()
+            stop = signals.StopRequest()
             stop.listen()
             os.kill(os.getpid(), number)
             deadline = time.monotonic() + 5
@@ -294,8 +292,8 @@ def test_a_signal_between_calls_saves_and_the_run_resumes_exactly(
 ):
     config, folder = three_a_call[0], tmp_path / "fold_0"
     with monkeypatch.context() as patch:
-        patch.setattr(runs.StopRequest, "listen", lambda self: setattr(self, "by", "SIGTERM"))
-        with pytest.raises(runs.Interrupted, match="SIGTERM after step 3 of 12"):
+        patch.setattr(signals.StopRequest, "listen", lambda self: setattr(self, "by", "SIGTERM"))
+        with pytest.raises(signals.Interrupted, match="SIGTERM after step 3 of 12"):
             trained(config, store, folder)
     assert Checkpoints(folder / "checkpoints").steps("latest") == (3,)  # amid the first epoch
     train.train_fold(config, store, folder, fold=0, bundle=None)
@@ -305,8 +303,8 @@ def test_a_signal_between_calls_saves_and_the_run_resumes_exactly(
 def test_a_step_that_calls_do_not_reach_is_not_resumed_from(store, smoke, tmp_path, monkeypatch):
     folder = tmp_path / "fold_0"
     with monkeypatch.context() as patch:
-        patch.setattr(runs.StopRequest, "listen", lambda self: setattr(self, "by", "SIGTERM"))
-        with pytest.raises(runs.Interrupted, match="after step 1 of 6"):
+        patch.setattr(signals.StopRequest, "listen", lambda self: setattr(self, "by", "SIGTERM"))
+        with pytest.raises(signals.Interrupted, match="after step 1 of 6"):
             trained(with_fields(smoke), store, folder)
     with pytest.raises(ConfigError, match=r"(?s)after step 1, .* calls of 3 .*steps-per-call 1"):
         train.train_fold(with_fields(smoke, steps_per_call=3), store, folder, fold=0, bundle=None)
@@ -316,7 +314,7 @@ def test_a_step_that_calls_do_not_reach_is_not_resumed_from(store, smoke, tmp_pa
 @pytest.mark.parametrize("residence, per_call", [("host", 1), ("device", 5)])
 def test_twenty_steps_compile_once(store, smoke, tmp_path, monkeypatch, residence, per_call):
     traces = []
-    original = steps.make_train_step
+    original = step_module.make_train_step
 
     def counted(task):
         step = original(task)
@@ -327,7 +325,7 @@ def test_twenty_steps_compile_once(store, smoke, tmp_path, monkeypatch, residenc
 
         return traced
 
-    monkeypatch.setattr(steps, "make_train_step", counted)
+    monkeypatch.setattr(step_module, "make_train_step", counted)
     length = {"epochs": 4, "steps_per_epoch": 5, "steps_per_call": per_call}
     config = with_fields(smoke, {"resident": residence}, **length)
     folder = trained(config, store, tmp_path / "fold_0")
@@ -339,15 +337,15 @@ def test_twenty_steps_compile_once(store, smoke, tmp_path, monkeypatch, residenc
 def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_step(
     store, smoke, tmp_path, monkeypatch, per_call
 ):
-    original = batches.BatchSource.__getitem__
+    original = sampling.BatchSource.__getitem__
 
     def broken(self, index):
         batch = dict(original(self, index))
-        if index == 1 and self.sampling.stream == batches.TRAIN_STREAM:
+        if index == 1 and self.sampling.stream == sampling.TRAIN_STREAM:
             batch["image"] = np.full_like(batch["image"], np.nan)
         return batch
 
-    monkeypatch.setattr(batches.BatchSource, "__getitem__", broken)
+    monkeypatch.setattr(sampling.BatchSource, "__getitem__", broken)
     folder = tmp_path / "fold_0"
     with pytest.raises(
         train.TrainingError, match=r"(?s)loss.* of step 2 is not finite.*--optim.lr"
@@ -366,15 +364,15 @@ def test_devices_share_the_batch_and_agree(store, smoke):
             axis_types=(jax.sharding.AxisType.Auto,) * 2,
             devices=jax.devices()[:count],
         )
-        task = steps.make_task(smoke, store, model.Execution(), mesh)
-        made = streams.make_streams(smoke, store, 0, initial_patch=(8, 24, 24), mesh=mesh)
+        task = step_module.make_task(smoke, store, unet.Execution(), mesh)
+        made = feeding.make_streams(smoke, store, 0, initial_patch=(8, 24, 24), mesh=mesh)
         stream = made.train(0)
         place = jax.NamedSharding(mesh, jax.P())
-        params = model.init_params(task.net.arch, jax.random.key(0))
+        params = unet.init_params(task.net.arch, jax.random.key(0))
         state = train.TrainState(jax.numpy.int32(0), params, task.optimizer.init(params))
         state = jax.device_put(state, place)
-        step = jax.jit(steps.make_train_step(task))
-        key = jax.device_put(steps.seed_key(0, 0, 0), place)
+        step = jax.jit(step_module.make_train_step(task))
+        key = jax.device_put(step_module.seed_key(0, 0, 0), place)
         losses = []
         for _ in range(3):
             state, values = step(state, next(stream), key)
@@ -428,7 +426,7 @@ def run_main(monkeypatch, capsys):
 
     def run(*arguments):
         try:
-            code = runs.main(lambda *_args, **_kwargs: "trained", [str(a) for a in arguments])
+            code = launch.main(lambda *_args, **_kwargs: "trained", [str(a) for a in arguments])
         except SystemExit as stop:
             code = stop.code
         out, err = capsys.readouterr()

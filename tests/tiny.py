@@ -4,10 +4,11 @@ import json
 
 import numpy as np
 
-from panther_jax.imageio import write_image, write_label
-from panther_jax.plans import Geometry
+from panther_jax.images.imageio import write_image, write_label
+from panther_jax.plans.geometry import Geometry
 
 IDENTITY = (1.0, 0.0, 0.0, 0.0, 1.0, 0.0, 0.0, 0.0, 1.0)
+TURNED = (0.0, 1.0, 0.0, -1.0, 0.0, 0.0, 0.0, 0.0, 1.0)
 LABELS = {"background": 0, "tumor": 1, "pancreas": 2}
 
 
@@ -36,3 +37,12 @@ def make_raw(folder, *, num_cases=5, shape=(12, 24, 24), spacing=(6.0, 6.0, 6.0)
     }
     (folder / "dataset.json").write_text(json.dumps(dataset))
     return folder
+
+
+def write_scan(path, shape=(20, 22, 18), spacing=(1.2, 1.0, 0.9), seed=0):
+    rng = np.random.default_rng(seed)
+    image = 100 + 20 * rng.standard_normal(shape).astype(np.float32)
+    image[:2] = 0  # cropped away
+    geometry = Geometry(shape, spacing, (-3.0, 4.5, 10.0), TURNED)
+    write_image(path, image, geometry)
+    return path

@@ -8,11 +8,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from panther_jax import model, optim
-from panther_jax.architecture import ArchSpec
-from panther_jax.checkpoint import Checkpoints, Counters, TrainState
-from panther_jax.config import ArchConfig, DataConfig, LoopConfig, OptimConfig, TrainConfig
-from panther_jax.plans import IntensityProperties, Plans, Resampler
+from panther_jax.config.schema import ArchConfig, DataConfig, LoopConfig, OptimConfig, TrainConfig
+from panther_jax.network import unet
+from panther_jax.plans.architecture import ArchSpec
+from panther_jax.plans.plans import IntensityProperties, Plans, Resampler
+from panther_jax.training import optim
+from panther_jax.weights.bundle import save_bundle
+from panther_jax.weights.checkpoint import Checkpoints, Counters, TrainState
 from weight_conversion import mapping
 
 DATASET = {
@@ -84,7 +86,7 @@ def random_params(arch, seed=0):
     """Parameters that are nowhere zero, so that a swapped or dropped tensor shows."""
     rng = np.random.default_rng(seed)
     tree = {}
-    for path, struct in model.walk(model.param_shapes(arch)):
+    for path, struct in unet.walk(unet.param_shapes(arch)):
         fan = max(1, math.prod(struct.shape[:-1])) if len(struct.shape) > 1 else 4
         leaf = rng.standard_normal(struct.shape, np.float32) / np.float32(fan**0.5)
         node = tree
@@ -218,3 +220,14 @@ def write_run(workdir, arch, *, optimizer="sgd", policy="default", steps=3, kind
 def _updated(tx, grads, opt_state, params):
     updates, opt_state = tx.update(grads, opt_state, params)
     return jax.tree.map(jnp.add, params, updates), opt_state
+
+
+def write_bundle(folder, arch=RESIDUAL, folds=("0", "1"), dataset=DATASET, **plans):
+    save_bundle(
+        folder,
+        params={fold: random_params(arch, seed) for seed, fold in enumerate(folds)},
+        plans=make_plans(arch, **plans).to_nnunet(),
+        dataset=dataset,
+        provenance={"inference_allowed_mirroring_axes": [0, 2]},
+    )
+    return folder

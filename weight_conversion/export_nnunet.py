@@ -15,14 +15,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from panther_jax import command
-from panther_jax.bundle import choose_folds, run_mirror_axes, trained_folds
-from panther_jax.log import read_metrics, write_json
-from panther_jax.plans import Plans, read_object
+from panther_jax.base import command
+from panther_jax.base.files import read_object, write_json
+from panther_jax.plans.plans import Plans
+from panther_jax.training.records import read_metrics
+from panther_jax.weights.from_run import choose_folds, run_mirror_axes, trained_folds
 
 if TYPE_CHECKING:  # JAX and torch load when there is something to convert: --help must be quick
-    from panther_jax.checkpoint import Counters, Kind
-    from panther_jax.model import Params
+    from panther_jax.network.unet import Params
+    from panther_jax.weights.checkpoint import Counters, Kind
 
 LOGGER = logging.getLogger("panther_jax")
 EXAMPLE = (
@@ -112,7 +113,7 @@ def export(
         FileNotFoundError, ValueError, CheckpointError: if there is nothing to export, something is
             damaged, or ``out`` exists.
     """
-    from panther_jax.checkpoint import refuse_existing, replace_folder
+    from panther_jax.base.files import refuse_existing, replace_folder
     from weight_conversion.torch_files import write_torch
 
     if not re.fullmatch(r"\w+", trainer):
@@ -160,7 +161,7 @@ def open_model(path: Path, folds: Sequence[str] = ()) -> Model:
 
 
 def _open_bundle(folder: Path, folds: Sequence[str]) -> Model:
-    from panther_jax.checkpoint import load_bundle
+    from panther_jax.weights.bundle import load_bundle
 
     bundle = load_bundle(folder)
     bundle.require_complete(f"export {folder}")
@@ -199,7 +200,7 @@ def _members_of_fold(
     plans: Mapping[str, Any],
     dataset: Mapping[str, Any],
 ) -> Iterator[Member]:
-    from panther_jax.checkpoint import Checkpoints
+    from panther_jax.weights.checkpoint import Checkpoints
 
     checkpoints = Checkpoints(folder / f"fold_{fold}" / "checkpoints")
     finished = bool(checkpoints.steps("final"))
@@ -220,7 +221,7 @@ def _members_of_fold(
 
 
 def _labels_of(dataset: Mapping[str, Any]) -> Any:
-    from panther_jax.plans import Labels
+    from panther_jax.plans.labels import Labels
 
     return Labels.from_dataset_json(dataset).classes
 

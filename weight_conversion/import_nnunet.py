@@ -14,11 +14,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import panther_jax
-from panther_jax import command
-from panther_jax.plans import Labels, Plans, PlansError, read_object, resolve_configuration
+from panther_jax.base import command
+from panther_jax.base.errors import PlansError
+from panther_jax.base.files import read_object
+from panther_jax.plans.labels import Labels
+from panther_jax.plans.plans import Plans, resolve_configuration
 
 if TYPE_CHECKING:  # JAX and torch load when there is something to convert: --help must be quick
-    from panther_jax.checkpoint import ModelBundle
+    from panther_jax.weights.bundle import ModelBundle
     from weight_conversion.mapping import Conversion
     from weight_conversion.torch_files import TorchCheckpoint
 
@@ -43,8 +46,8 @@ class Imported:
     report: str
 
     def bundle(self) -> "ModelBundle":
-        """The model in memory, as :func:`panther_jax.checkpoint.load_bundle` would return it."""
-        from panther_jax.checkpoint import ModelBundle
+        """The model in memory, as ``load_bundle`` would return it."""
+        from panther_jax.weights.bundle import ModelBundle
 
         plans = Plans.from_nnunet(self.plans, self.dataset)
         labels = Labels.from_dataset_json(self.dataset)
@@ -56,7 +59,7 @@ class Imported:
         Raises:
             CheckpointError: if the folder exists or cannot be written.
         """
-        from panther_jax.checkpoint import save_bundle
+        from panther_jax.weights.bundle import save_bundle
 
         save_bundle(
             folder,
@@ -326,7 +329,7 @@ def _plain(value: Any) -> str | int | None:
 def _warn_of_non_finite(path: Path, conversion: "Conversion") -> None:
     import numpy as np
 
-    from panther_jax.model import walk
+    from panther_jax.network.unet import walk
 
     bad = ["/".join(p) for p, leaf in walk(conversion.params) if not np.isfinite(leaf).all()]
     if bad:
@@ -358,7 +361,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _run(arguments: argparse.Namespace) -> str:
-    from panther_jax.checkpoint import refuse_existing
+    from panther_jax.base.files import refuse_existing
 
     refuse_existing(arguments.out, overwrite=arguments.overwrite)
     if arguments.model_folder is not None:

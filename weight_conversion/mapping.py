@@ -10,8 +10,8 @@ from typing import Any, Literal
 
 import numpy as np
 
-from panther_jax.architecture import ArchSpec
-from panther_jax.model import Params, param_shapes, walk
+from panther_jax.network.unet import Params, param_shapes, walk
+from panther_jax.plans.architecture import ArchSpec
 
 PREFIXES = ("module.", "_orig_mod.")
 STEM, HEADS = "encoder.stem.", "decoder.seg_layers."

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from panther_jax.nnunet_store import MAX_ENTRIES, has_too_many_entries
+from panther_jax.store.pickles import MAX_ENTRIES, has_too_many_entries
 
 try:
     import torch

@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from panther_jax import command
-from panther_jax.log import table
+from panther_jax.base import command
+from panther_jax.base.console import table
 from weight_conversion import import_nnunet
 
 if TYPE_CHECKING:  # JAX and torch load when there is something to compare: --help must be quick
-    from panther_jax.architecture import ArchSpec
+    from panther_jax.plans.architecture import ArchSpec
 
 EXAMPLE = (
     "python -m weight_conversion.verify --model-folder "
@@ -59,7 +59,7 @@ def compare(
         ModuleNotFoundError: without torch or nnunetv2.
         ValueError, RuntimeError: if files cannot be read or do not fit.
     """
-    from panther_jax.checkpoint import load_bundle
+    from panther_jax.weights.bundle import load_bundle
     from weight_conversion.torch_files import read_checkpoint
 
     imported = import_nnunet.read_model_folder(
@@ -135,13 +135,13 @@ def port_logits(arch: "ArchSpec", params: Mapping[str, Any], image: np.ndarray) 
     """The same of our network: float32 at the highest matmul precision, on the CPU."""
     import jax
 
-    from panther_jax import model
+    from panther_jax.network import unet
 
-    net = model.build(arch, model.Execution("xla", exact_stats=True))
+    net = unet.build(arch, unet.Execution("xla", exact_stats=True))
     cpu = jax.devices("cpu")[0]
     with jax.default_matmul_precision("highest"), jax.default_device(cpu):
         tree = jax.tree.map(np.asarray, params)
-        outputs = jax.jit(lambda p, x: model.apply(net, p, x))(tree, np.moveaxis(image, 1, -1))
+        outputs = jax.jit(lambda p, x: unet.apply(net, p, x))(tree, np.moveaxis(image, 1, -1))
     return [np.moveaxis(np.asarray(output), -1, 1) for output in outputs]
 
 

@@ -16,10 +16,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from panther_jax import command
 from panther_jax.augment import fork, intensity, local, spatial
-from panther_jax.imageio import Case, open_raw, read_case
-from panther_jax.phantom import MODALITIES, make_phantom_case
+from panther_jax.base import command
+from panther_jax.images.phantom import MODALITIES, make_phantom_case
+from panther_jax.images.raw_dataset import Case, open_raw, read_case
 
 MAX_PATCH = (32, 176, 176)
 COLUMNS = 10

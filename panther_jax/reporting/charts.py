@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from html import escape
 from typing import Literal
 
-from panther_jax.pictures import View
+from panther_jax.reporting.pictures import View
 
 NUM_COLOURS = 6
 DASHES = ("", "6 3", "1.5 3")

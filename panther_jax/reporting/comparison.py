@@ -5,7 +5,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from panther_jax import config, statistics
+from panther_jax.config import loading
+from panther_jax.evaluation import statistics
 from panther_jax.reporting import overlays, records, sections
 from panther_jax.reporting.charts import Axis, Dots, scatter_chart
 from panther_jax.reporting.page import Card, CaseFigure, Figure, Page, Row, Section, Table
@@ -242,7 +243,7 @@ def _changed_overlays(runs: Sequence[RunRecord], pairs: _Pairs, raw: Path | None
 def _changed_settings(runs: Sequence[RunRecord]) -> Section:
     tables, sentences = [], []
     for run in runs[1:]:
-        lines = config.differences(dict(runs[0].config), dict(run.config))
+        lines = loading.differences(dict(runs[0].config), dict(run.config))
         rows = tuple(Row((n, v)) for n, _, v in (line.partition(": ") for line in lines))
         if rows:
             caption = f"{runs[0].name} → {run.name}"

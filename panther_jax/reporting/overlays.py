@@ -13,12 +13,15 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float32
 
-from panther_jax import imageio, pictures
-from panther_jax.metrics import scored_label
-from panther_jax.pictures import Mask, View
-from panther_jax.plans import Geometry, LabelValue, Properties, read_json
+from panther_jax.base.files import read_json
+from panther_jax.evaluation.metrics import scored_label
+from panther_jax.images import imageio, raw_dataset
+from panther_jax.plans.geometry import Geometry, Properties
+from panther_jax.plans.labels import LabelValue
+from panther_jax.reporting import pictures
+from panther_jax.reporting.pictures import Mask, View
 from panther_jax.reporting.records import CaseRecord, RunRecord
-from panther_jax.store import REFERENCES
+from panther_jax.store.layout import REFERENCES
 
 CT_WINDOW = (-160.0, 240.0)  # Hounsfield units, soft tissue of the abdomen
 
@@ -151,7 +154,7 @@ def _image(
     reasons = []
     for folder in raw_folders(run, raw):
         try:
-            found = next(c for c in imageio.scan_raw(folder)[0].cases if c.id == case_id)
+            found = next(c for c in raw_dataset.scan_raw(folder)[0].cases if c.id == case_id)
             image, image_geometry = imageio.read_image(found.images[:1])
         except StopIteration:
             reasons.append(f"{folder} has no case {case_id}")

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 
 import panther_jax
-from panther_jax import statistics
-from panther_jax.metrics import PANTHER_METRICS, scored_label
+from panther_jax.evaluation import statistics
+from panther_jax.evaluation.metrics import PANTHER_METRICS, scored_label
 from panther_jax.reporting import charts, overlays
 from panther_jax.reporting.charts import Axis, Curve, Dots
 from panther_jax.reporting.overlays import CaseViews

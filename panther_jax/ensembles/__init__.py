@@ -1,0 +1,1 @@
+"""Which members, which weights, and how unlike members are combined."""

@@ -1,0 +1,558 @@
+"""Segmentation metrics: PANTHER's, surface distances, nnU-Net's ``summary.json`` (spec 06).
+
+NumPy and SciPy only. Surfaces are made of elements at the corners of voxels (*nodes*), with areas
+from a table over the eight voxels around a node; all averages and percentiles are area-weighted.
+"""
+
+import json
+import math
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache, cached_property, lru_cache
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from jaxtyping import Bool, Float, Integer, Shaped
+from scipy import spatial
+
+from panther_jax.plans.labels import Labels, LabelValue
+
+Preset = Literal["default", "organisers", "fork_a", "fork_b", "fork_b_folds"]
+SpacingOrder = Literal["geometric", "organisers"]
+
+SURFACE_DICE_TOLERANCE_MM = 5.0
+HAUSDORFF_PERCENT = 95.0
+PANTHER_METRICS = ("volumetric_dice", "surface_dice", "hausdorff95", "masd")
+TUMOR_NAMES = ("tumor", "tumour", "lesion")
+SUMMARY_METRICS = ("Dice", "FN", "FP", "IoU", "TN", "TP", "n_pred", "n_ref")
+_TERM_UNIT = 1 / 8  # of the table's numbers, spec 06 §2.2
+_CONTOUR_STEPS = ((0, 0), (0.5, 0.5), (0, 1), (1, 0), (1, 1))  # in units of the two spacings
+_CONTOUR_KIND = (0, 1, 1, 2, 1, 3, 4, 1, 1, 4, 3, 1, 2, 1, 1, 0)  # index above, by code
+
+# ----------------------------------------------------------------------------- surface elements
+
+
+@dataclass(frozen=True, eq=False)
+class SurfaceDistances:
+    """Distances between two surfaces in mm, with the area of the element that each belongs to.
+
+    Both directions are sorted by distance, then area. Where the other mask is empty, distances are
+    infinite; an empty mask has no elements.
+    """
+
+    reference_to_prediction: np.ndarray
+    prediction_to_reference: np.ndarray
+    reference_areas: np.ndarray
+    prediction_areas: np.ndarray
+
+
+def surface_element_areas(spacing: tuple[float, ...]) -> Float[np.ndarray, " codes"]:
+    """Area (length in 2-D) of a surface element by neighbour code, spacing in array axis order.
+
+    256 codes for three axes, 16 for two (spec 06 §2.2, §2.3).
+
+    Raises:
+        ValueError: if there are not two or three spacings.
+    """
+    return np.array(_area_table(tuple(float(s) for s in spacing)))
+
+
+@lru_cache(maxsize=64)
+def _area_table(spacing: tuple[float, ...]) -> tuple[float, ...]:
+    if len(spacing) == 2:
+        lengths = [math.hypot(a * spacing[0], b * spacing[1]) for a, b in _CONTOUR_STEPS]
+        return tuple(lengths[kind] for kind in _CONTOUR_KIND)
+    if len(spacing) != 3:
+        raise ValueError(f"spacing {spacing} must have two or three axes")
+    s0, s1, s2 = spacing
+    faces = (s1 * s2, s0 * s2, s0 * s1)
+    return tuple(_area(terms, faces) for terms in _surface_terms())
+
+
+def _area(terms: Sequence[Sequence[int]], faces: tuple[float, float, float]) -> float:
+    lengths = (
+        count * math.sqrt(sum((n * face) ** 2 for n, face in zip(normal, faces, strict=True)))
+        for *normal, count in terms
+    )
+    return sum(lengths, 0.0) * _TERM_UNIT
+
+
+@cache
+def _surface_terms() -> tuple[tuple[tuple[int, ...], ...], ...]:
+    text = (resources.files("panther_jax.evaluation") / "surfel_terms.json").read_text(
+        encoding="utf-8"
+    )
+    return tuple(tuple(tuple(t) for t in terms) for terms in json.loads(text)["terms"])
+
+
+@dataclass(frozen=True, eq=False)
+class Surface:
+    """The surface elements of a mask: their nodes on the grid of corners, and their areas."""
+
+    nodes: Integer[np.ndarray, "node axis"]
+    areas: Float[np.ndarray, " node"]
+    spacing: tuple[float, ...]
+
+    @cached_property
+    def tree(self) -> Any:
+        """A search tree of the nodes in mm."""
+        # unbalanced trees are built faster and are no slower on grid points
+        places = self.nodes * np.array(self.spacing)
+        return spatial.KDTree(places, balanced_tree=False, compact_nodes=False)
+
+
+def find_surface(mask: Bool[np.ndarray, "..."], spacing: tuple[float, ...]) -> Surface:
+    """Surface elements of a mask (spec 06 §2.1), spacing in array axis order.
+
+    Raises:
+        ValueError: if the number of spacings is not that of the axes.
+    """
+    if len(spacing) != mask.ndim:
+        raise ValueError(f"{len(spacing)} spacings {spacing} for {mask.ndim} axes")
+    areas = surface_element_areas(spacing)
+    box = bounding_box(mask)
+    codes = _neighbour_codes(mask[box])
+    places = np.flatnonzero((codes != 0) & (codes != len(areas) - 1))
+    nodes = np.stack(np.unravel_index(places, codes.shape), axis=1)
+    corner = np.array([b.start for b in box])
+    return Surface(nodes + corner, areas[codes.ravel()[places]], spacing)
+
+
+def surface_distances(
+    reference_mask: Bool[np.ndarray, "..."],
+    prediction_mask: Bool[np.ndarray, "..."],
+    spacing: tuple[float, ...],
+) -> SurfaceDistances:
+    """Distances between the surfaces of two masks (spec 06 §2.4), spacing in array axis order.
+
+    Raises:
+        ValueError: if shapes or the number of spacings do not agree.
+    """
+    _check_shapes(reference_mask, prediction_mask)
+    return distances_between(
+        find_surface(reference_mask, spacing), find_surface(prediction_mask, spacing)
+    )
+
+
+def distances_between(reference: Surface, prediction: Surface) -> SurfaceDistances:
+    """As :func:`surface_distances`, of surfaces that were found before."""
+    to_prediction = _directed(reference, prediction)
+    to_reference = _directed(prediction, reference)
+    return SurfaceDistances(to_prediction[0], to_reference[0], to_prediction[1], to_reference[1])
+
+
+def _check_shapes(reference: np.ndarray, prediction: np.ndarray) -> None:
+    if reference.shape != prediction.shape:
+        raise ValueError(
+            f"prediction has shape {prediction.shape}, its reference {reference.shape}; "
+            "predictions must be on the grid of the raw image"
+        )
+
+
+def bounding_box(*arrays: Shaped[np.ndarray, "..."]) -> tuple[slice, ...]:
+    """The smallest box around all voxels that are not 0 in arrays of one shape.
+
+    Of no size where there are none.
+    """
+    num_axes, box = arrays[0].ndim, []
+    while len(box) < num_axes:
+        rest = tuple(range(1, num_axes - len(box)))
+        found = [np.flatnonzero(array.any(axis=rest)) for array in arrays]
+        ends = [int(i) for rows in found if len(rows) for i in (rows[0], rows[-1])]
+        if not ends:
+            return (slice(0, 0),) * num_axes
+        box.append(slice(min(ends), max(ends) + 1))
+        # their shadow along the axis
+        arrays = tuple(np.asarray(array[box[-1]].any(axis=0)) for array in arrays)
+    return tuple(box)
+
+
+def _neighbour_codes(mask: np.ndarray) -> np.ndarray:
+    """One bit for each voxel around a node, the first corner in the highest bit."""
+    codes = np.pad(mask, 1).astype(np.uint8)
+    for bits, axis in enumerate(reversed(range(mask.ndim))):  # pairs, then pairs of pairs, ...
+        before = tuple(slice(None, -1) if a == axis else slice(None) for a in range(mask.ndim))
+        after = tuple(slice(1, None) if a == axis else slice(None) for a in range(mask.ndim))
+        codes = (codes[before] << (1 << bits)) | codes[after]
+    return codes
+
+
+def _directed(surface: Surface, other: Surface) -> tuple[np.ndarray, np.ndarray]:
+    """Distances of a surface's nodes to the nearest node of the other, sorted, with areas."""
+    if len(surface.nodes) and len(other.nodes):
+        _, nearest = other.tree.query(surface.nodes * np.array(surface.spacing))
+        # From whole steps, not from the tree's places: a distance of just 5 mm must be just that.
+        steps = (surface.nodes - other.nodes[nearest]) * np.array(surface.spacing)
+        distances = np.sqrt(np.add.reduce((steps * steps).T, axis=0))
+    else:
+        distances = np.full(surface.areas.shape, np.inf)
+    order = np.lexsort((surface.areas, distances))
+    return distances[order], surface.areas[order]
+
+
+# ------------------------------------------------------------------------------------- measures
+
+
+def dice(
+    reference_mask: Bool[np.ndarray, "..."], prediction_mask: Bool[np.ndarray, "..."]
+) -> float:
+    """Volumetric Dice; NaN if both masks are empty.
+
+    Raises:
+        ValueError: if the shapes differ.
+    """
+    _check_shapes(reference_mask, prediction_mask)
+    total = np.count_nonzero(reference_mask) + np.count_nonzero(prediction_mask)
+    return _ratio(2 * np.count_nonzero(reference_mask & prediction_mask), total)
+
+
+def _ratio(numerator: Any, denominator: Any) -> float:
+    return float(numerator / denominator) if denominator else math.nan
+
+
+def average_surface_distances(surfaces: SurfaceDistances) -> tuple[float, float]:
+    """Area-weighted mean distance, reference to prediction and back; NaN from an empty mask."""
+    return (
+        _weighted_mean(surfaces.reference_to_prediction, surfaces.reference_areas),
+        _weighted_mean(surfaces.prediction_to_reference, surfaces.prediction_areas),
+    )
+
+
+def _weighted_mean(distances: np.ndarray, areas: np.ndarray) -> float:
+    return _ratio(float(np.sum(distances * areas)), float(np.sum(areas)))
+
+
+def mean_average_surface_distance(surfaces: SurfaceDistances) -> float:
+    """MASD: mean of the two directed averages; NaN if a mask is empty."""
+    return sum(average_surface_distances(surfaces)) / 2
+
+
+def surface_dice(
+    surfaces: SurfaceDistances, tolerance_mm: float | int = SURFACE_DICE_TOLERANCE_MM
+) -> float:
+    """Share of both surfaces within the tolerance (inclusive) of the other one (spec 06 §3.3)."""
+    reference, prediction = surfaces.reference_areas, surfaces.prediction_areas
+    near = np.sum(reference[surfaces.reference_to_prediction <= tolerance_mm])
+    near += np.sum(prediction[surfaces.prediction_to_reference <= tolerance_mm])
+    return _ratio(float(near), float(np.sum(reference) + np.sum(prediction)))
+
+
+def robust_hausdorff(surfaces: SurfaceDistances, percent: float | int = HAUSDORFF_PERCENT) -> float:
+    """Larger of the two directed percentiles by area, not interpolated (spec 06 §3.4)."""
+    return max(
+        _percentile(surfaces.reference_to_prediction, surfaces.reference_areas, percent),
+        _percentile(surfaces.prediction_to_reference, surfaces.prediction_areas, percent),
+    )
+
+
+def _percentile(distances: np.ndarray, areas: np.ndarray, percent: float | int) -> float:
+    if not len(distances):
+        return math.inf
+    covered = np.cumsum(areas) / np.sum(areas)
+    index = int(np.searchsorted(covered, percent / 100))
+    return float(distances[min(index, len(distances) - 1)])
+
+
+# -------------------------------------------------------------------------------------- PANTHER
+
+
+def foreground_masks(
+    reference: Integer[np.ndarray, "z y x"],
+    prediction: Integer[np.ndarray, "z y x"],
+    *,
+    preset: Preset = "default",
+    label: LabelValue = 1,
+) -> tuple[Bool[np.ndarray, "z y x"], Bool[np.ndarray, "z y x"]]:
+    """Reference and prediction mask from label maps, by the rule of a preset (spec 06 §4.2, §5.2).
+
+    ``label``, an id or the ids of a region, matters to ``default`` only: the other presets have
+    their own fixed rule.
+
+    Raises:
+        ValueError: if the organisers' rule does not accept the prediction's values.
+    """
+    if preset == "default":
+        return member_mask(reference, label), member_mask(prediction, label)
+    if preset in ("fork_a", "fork_b_folds"):
+        return reference == 1, prediction == 1
+    if preset == "fork_b":
+        return reference > 0, prediction > 0
+    values = np.unique(prediction).tolist()
+    if not (set(values) <= {0, 1} or (len(values) == 2 and 0 in values)):
+        raise ValueError(
+            f"prediction holds the values {values}; the organisers' rule takes 0 and one other "
+            "value: remove the other labels, or use another preset"
+        )
+    return reference != 0, prediction > 0
+
+
+def member_mask(
+    label_map: Integer[np.ndarray, "..."], value: LabelValue
+) -> Bool[np.ndarray, "..."]:
+    """Voxels of a label, or of any label of a region."""
+    return np.isin(label_map, value) if isinstance(value, tuple) else label_map == value
+
+
+def scored_label(labels: Labels) -> tuple[str, LabelValue]:
+    """Name and value of the class that the PANTHER metrics score: the tumour, else the first."""
+    named = [c for c in labels.classes if c[0].casefold() in TUMOR_NAMES]
+    return (named or list(labels.classes))[0]
+
+
+def panther_case(
+    reference_mask: Bool[np.ndarray, "z y x"],
+    prediction_mask: Bool[np.ndarray, "_ _ _"],
+    *,
+    spacing_zyx: tuple[float, ...],
+    preset: Preset = "default",
+    spacing_order: SpacingOrder | None = None,
+    grid_shape_zyx: tuple[int, ...] | None = None,
+) -> dict[str, float]:
+    """The PANTHER metrics of one case (spec 06 §1), and the edge cases of a preset (§5.2).
+
+    Lengths are mm, volumes mm³. ``spacing_order="organisers"`` reproduces the organisers' mix-up
+    of x and z (§4.5), ``"geometric"`` is right; by default it follows the preset. Where the
+    organisers' script penalises, the dictionary has a further key ``time_score``. The masks may be
+    cut from a larger grid, whose shape is then given; what is left out of them must be empty.
+
+    Raises:
+        ValueError: if shapes, spacing or settings do not fit.
+    """
+    _check_shapes(reference_mask, prediction_mask)
+    if len(spacing_zyx) != 3 or reference_mask.ndim != 3:
+        raise ValueError(f"masks must have three axes and spacings, found {spacing_zyx}")
+    order = spacing_order or default_spacing_order(preset)
+    # spec 06 §4.5: z gets the spacing of x and the reverse
+    spacing = spacing_zyx if order == "geometric" else spacing_zyx[::-1]
+    voxel_volume = math.prod(spacing_zyx)
+    num_reference = int(np.count_nonzero(reference_mask))
+    num_prediction = int(np.count_nonzero(prediction_mask))
+    volumes = {
+        "gt_volume": num_reference * voxel_volume,
+        "pred_volume": num_prediction * voxel_volume,
+    }
+    grid = grid_shape_zyx or reference_mask.shape
+    extent = math.hypot(*(n * s for n, s in zip(grid, spacing, strict=True)))
+    penalty = {"volumetric_dice": 0.0, "surface_dice": 0.0, "hausdorff95": extent, "masd": extent}
+    if preset in ("organisers", "fork_a"):
+        if num_prediction in (0, math.prod(grid)):  # spec 06 §4.3: all ones count as nothing
+            return penalty | volumes | {"pred_volume": 0.0, "time_score": 0.0}
+    elif num_reference == num_prediction == 0:
+        perfect = {"volumetric_dice": 1.0, "surface_dice": 1.0, "hausdorff95": 0.0, "masd": 0.0}
+        return perfect | volumes
+    elif num_reference == 0 or num_prediction == 0:
+        return penalty | volumes
+    surfaces = surface_distances(reference_mask, prediction_mask, spacing)
+    return {
+        "volumetric_dice": _ratio(
+            2 * np.count_nonzero(reference_mask & prediction_mask), num_reference + num_prediction
+        ),
+        "surface_dice": surface_dice(surfaces),
+        "hausdorff95": robust_hausdorff(surfaces),
+        "masd": mean_average_surface_distance(surfaces),
+    } | volumes
+
+
+def default_spacing_order(preset: Preset) -> SpacingOrder:
+    """The spacing order that a preset implies (spec 06 §5.5)."""
+    return "geometric" if preset == "default" else "organisers"
+
+
+def panther_aggregate(cases: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """Means over cases and the RMSE of the tumour volume in mm³ (spec 06 §1); NaN and inf spread.
+
+    Raises:
+        ValueError: if there are no cases.
+    """
+    if not cases:
+        raise ValueError("no case was evaluated; predictions and references have no name in common")
+    result = {f"mean_{m}": float(np.mean([c[m] for c in cases])) for m in PANTHER_METRICS}
+    errors = np.array([c["pred_volume"] - c["gt_volume"] for c in cases], np.float64)
+    return result | {"tumor_burden_rmse": float(np.sqrt(np.mean(errors**2)))}
+
+
+def panther_detections(cases: Sequence[Mapping[str, Any]]) -> dict[str, int]:
+    """Number of cases where only the reference (missed), or only the prediction, is not empty."""
+    pairs = [(c["gt_volume"] > 0, c["pred_volume"] > 0) for c in cases]
+    return {
+        "num_missed": sum(reference and not prediction for reference, prediction in pairs),
+        "num_false_positive": sum(prediction and not reference for reference, prediction in pairs),
+    }
+
+
+# ------------------------------------------------------------------------------------- nnU-Net
+
+
+def class_key(value: LabelValue) -> str:
+    """A label or region as nnU-Net writes it as a key: ``1``, ``(1, 2)``, ``(1,)``."""
+    return str(value)
+
+
+def parse_class_key(key: str) -> LabelValue:
+    """Inverse of :func:`class_key`."""
+    try:
+        return int(key)
+    except ValueError:
+        return tuple(int(part) for part in key.strip("() ").split(",") if part.strip())
+
+
+def label_counts(
+    reference: Integer[np.ndarray, "..."],
+    prediction: Integer[np.ndarray, "..."],
+    classes: Sequence[LabelValue],
+    ignore_id: int | None = None,
+) -> dict[str, dict[str, float | int]]:
+    """nnU-Net's metrics of one case by class key (spec 06 §7.1); counts are integers.
+
+    Voxels whose reference is ``ignore_id`` count nowhere. Dice and IoU are NaN where a class is
+    neither in the reference nor in the prediction.
+
+    Raises:
+        ValueError: if the shapes differ or a label is negative.
+    """
+    return class_metrics(count_pairs(reference, prediction), classes, ignore_id)
+
+
+@dataclass(frozen=True, eq=False)
+class PairCounts:
+    """Number of voxels by the label of the reference (row) and of the prediction (column)."""
+
+    values: Integer[np.ndarray, " value"]
+    counts: Integer[np.ndarray, "value value"]
+
+    @property
+    def reference_values(self) -> tuple[int, ...]:
+        """Labels that occur in the reference, ascending."""
+        return tuple(self.values[self.counts.any(axis=1)].tolist())
+
+    @property
+    def prediction_values(self) -> tuple[int, ...]:
+        """Labels that occur in the prediction, ascending."""
+        return tuple(self.values[self.counts.any(axis=0)].tolist())
+
+    def extended(self, num_voxels: int) -> "PairCounts":
+        """The counts of a grid of ``num_voxels``, of which what was not counted is background."""
+        counts = self.counts.copy()
+        counts[0, 0] += num_voxels - int(counts.sum())
+        return PairCounts(self.values, counts)
+
+
+def class_metrics(
+    pairs: PairCounts, classes: Sequence[LabelValue], ignore_id: int | None = None
+) -> dict[str, dict[str, float | int]]:
+    """As :func:`label_counts`, of pairs counted before."""
+    counts = pairs.counts.copy()
+    if ignore_id is not None:
+        counts[pairs.values == ignore_id] = 0
+    return {class_key(c): _class_metrics(counts, np.isin(pairs.values, c)) for c in classes}
+
+
+def _class_metrics(counts: np.ndarray, members: np.ndarray) -> dict[str, float | int]:
+    true_positive = int(counts[np.ix_(members, members)].sum())
+    num_reference = int(counts[members].sum())
+    num_prediction = int(counts[:, members].sum())
+    wrong = num_reference + num_prediction - 2 * true_positive
+    return {
+        "Dice": _ratio(2 * true_positive, 2 * true_positive + wrong),
+        "FN": num_reference - true_positive,
+        "FP": num_prediction - true_positive,
+        "IoU": _ratio(true_positive, true_positive + wrong),
+        "TN": int(counts.sum()) - true_positive - wrong,
+        "TP": true_positive,
+        "n_pred": num_prediction,
+        "n_ref": num_reference,
+    }
+
+
+def count_pairs(
+    reference: Integer[np.ndarray, "..."], prediction: Integer[np.ndarray, "..."]
+) -> PairCounts:
+    """Count the voxels of each pair of labels; 0 is always among the values.
+
+    Raises:
+        ValueError: if the shapes differ or a label is negative.
+    """
+    _check_shapes(reference, prediction)
+    reference, prediction = np.atleast_1d(reference, prediction)
+    box = bounding_box(reference, prediction)  # outside, all are pairs of zeros
+    one, other = reference[box], prediction[box]
+    highest = int(max(one.max(), other.max())) if one.size else 0
+    if one.size and min(one.min(), other.min()) < 0:
+        raise ValueError("label maps must not hold negative values")
+    if highest < 256:
+        values = np.arange(highest + 1)
+    else:  # rare: few values, far apart
+        values = np.union1d([0], np.union1d(one, other)).astype(np.int64)
+        lookup = np.zeros(highest + 1, np.int64)
+        lookup[values] = np.arange(len(values))
+        one, other = lookup[one], lookup[other]
+    number = len(values)
+    dtype = np.uint8 if number**2 <= 256 else np.int64
+    counts = np.zeros(number**2, np.int64)
+    for row, other_row in zip(one, other, strict=True):  # small temporaries
+        codes = row.astype(dtype) * dtype(number) + other_row.astype(dtype)
+        counts += np.bincount(codes.ravel(), minlength=len(counts))
+    counts[0] += reference.size - one.size
+    return PairCounts(values, counts.reshape(number, number))
+
+
+def summarise(cases: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """nnU-Net's summary (spec 06 §7.2) of cases, sorted by the name of their prediction.
+
+    Each case has ``metrics`` (from :func:`label_counts`), ``prediction_file`` and
+    ``reference_file``. Means over cases skip NaN, the mean over foreground classes does not; label
+    0 is not foreground.
+
+    Raises:
+        ValueError: if there are no cases, or they were not scored on the same classes.
+    """
+    if not cases:
+        raise ValueError("no case to summarise; the folder of predictions has no label file")
+    keys = list(cases[0]["metrics"])
+    differing = [str(c["prediction_file"]) for c in cases if list(c["metrics"]) != keys]
+    if differing:
+        raise ValueError(f"cases scored on other classes than {keys}: {differing[:20]}")
+    means = {key: _mean_metrics([c["metrics"][key] for c in cases], skip_nan=True) for key in keys}
+    foreground = [means[key] for key in keys if key != "0"]
+    ordered = sorted(cases, key=lambda c: Path(str(c["prediction_file"])).name)
+    return {
+        "foreground_mean": _mean_metrics(foreground, skip_nan=False),
+        "mean": means,
+        "metric_per_case": [
+            {
+                "metrics": {key: dict(case["metrics"][key]) for key in keys},
+                "prediction_file": str(case["prediction_file"]),
+                "reference_file": str(case["reference_file"]),
+            }
+            for case in ordered
+        ],
+    }
+
+
+def _mean_metrics(entries: Sequence[Mapping[str, Any]], *, skip_nan: bool) -> dict[str, float]:
+    means = {}
+    for metric in SUMMARY_METRICS:
+        values = [float(entry[metric]) for entry in entries]
+        if skip_nan:
+            values = [value for value in values if not math.isnan(value)]
+        means[metric] = float(np.mean(values)) if values else math.nan
+    return means
+
+
+def write_summary(path: Path, summary: Mapping[str, Any]) -> None:
+    """Write a summary as nnU-Net does (spec 06 §7.3): sorted, indented, NaN literals; atomically.
+
+    The folder is created.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(summary, indent=4, sort_keys=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise

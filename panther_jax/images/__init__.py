@@ -1,0 +1,1 @@
+"""Images and raw data sets: formats, reading, writing, checking, making, merging."""

@@ -1,0 +1,1 @@
+"""The U-Nets, and the convolutions that each device wants."""

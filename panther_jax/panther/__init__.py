@@ -1,0 +1,1 @@
+"""All that knows the challenge: recipe, chain of stages, archives, container."""

@@ -1,0 +1,1 @@
+"""Fingerprint and plans, as nnU-Net makes them."""

@@ -1,0 +1,1 @@
+"""The preprocessed store, ours and nnU-Net's."""

@@ -1,0 +1,1 @@
+"""One training step and what feeds, records, stops and validates it."""

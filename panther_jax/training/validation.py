@@ -1,0 +1,251 @@
+"""Validation of whole cases: predicted as `predict` does, scored on the raw grid (spec 03 §5.5).
+
+Label maps, nnU-Net's ``summary.json`` and the PANTHER metrics, ``panther.json``, go to one folder.
+"""
+
+import json
+import logging
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import numpy as np
+
+from panther_jax.base.console import Progress as LogProgress
+from panther_jax.base.console import table
+from panther_jax.base.errors import CheckpointError
+from panther_jax.base.files import read_json, write_json
+from panther_jax.config.schema import ValidationConfig
+from panther_jax.devices import mesh, processes
+from panther_jax.evaluation import metrics
+from panther_jax.images import imageio
+from panther_jax.images.merging import TASK1_CASE
+from panther_jax.inference import export
+from panther_jax.inference.sliding_window import Predictor, make_predictor
+from panther_jax.network.unet import Net, apply
+from panther_jax.reporting import pictures
+from panther_jax.store.store import Store, StoredCase, read_stored
+from panther_jax.weights.checkpoint import Checkpoints, TrainState
+
+LOGGER = logging.getLogger("panther_jax")
+PARTS = ".cases"
+"""Folder of what is known of each case until the summary is written."""
+
+Progress = Callable[[str, int, int], None]
+
+
+def validate(
+    store: Store,
+    case_ids: Sequence[str],
+    predict: Predictor,
+    params: Any,
+    folder: Path,
+    *,
+    save_probabilities: bool = False,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Predict and score cases of a store; returns nnU-Net's summary and writes it last.
+
+    ``overlay.png`` shows a slice of each of the first cases. ``panther.json`` scores the tumour
+    (a label so named, else the first class) with the PANTHER metrics. A folder that holds a summary
+    is complete and is only read; one that was interrupted goes on at the first case it lacks.
+    Several processes share the cases.
+    """
+    summary_path, parts = folder / "summary.json", folder / PARTS
+    if summary_path.is_file():
+        return read_json(summary_path)
+    parts.mkdir(parents=True, exist_ok=True)
+    share = case_ids[jax.process_index() :: jax.process_count()]
+    for done, case_id in enumerate(share, start=1):
+        part = parts / f"{case_id}.npz"
+        if part.is_file():
+            continue
+        case = read_stored(store, case_id)
+        logits = predict(params, np.asarray(case.image))
+        if save_probabilities:
+            found = export.logits_to_probabilities(
+                logits, case.properties, store.plans, store.labels
+            )
+            export.save_probabilities(folder, case.id, found, case.properties)
+        _write_part(part, _score(store, case, logits, folder))
+        if progress is not None:
+            progress(case_id, done, len(share))
+    processes.wait_for_all("validated")
+    if processes.is_primary():
+        _summarise(store, [_read_part(parts / f"{c}.npz") for c in case_ids], folder)
+        shutil.rmtree(parts)
+    processes.wait_for_all("summarised")
+    return read_json(summary_path)
+
+
+def _summarise(store: Store, scored: Sequence["_Scored"], folder: Path) -> None:
+    panther = [s.panther for s in scored]
+    write_json(
+        folder / "panther.json",
+        {
+            "preset": "default",
+            "spacing_order": "geometric",
+            "per_subject": panther,
+            "aggregates": metrics.panther_aggregate(panther),
+        },
+    )
+    if not store.labels.has_regions:
+        classes = {name: value for name, value in store.labels.classes if isinstance(value, int)}
+        overlays = [s.overlay for s in scored]
+        pictures.plot_overlays(overlays, classes, folder / "overlay.png")
+    summary = metrics.summarise([s.entry for s in scored])
+    metrics.write_summary(folder / "summary.json", summary)
+
+
+@dataclass(frozen=True)
+class _Scored:
+    entry: dict[str, Any]
+    panther: dict[str, Any]
+    overlay: pictures.Overlay
+
+
+def _write_part(path: Path, scored: _Scored) -> None:
+    overlay = vars(scored.overlay)
+    arrays: dict[str, Any] = {k: v for k, v in overlay.items() if isinstance(v, np.ndarray)}
+    rest = {name: value for name, value in overlay.items() if name not in arrays}
+    text = json.dumps({"entry": scored.entry, "panther": scored.panther, "overlay": rest})
+    temporary = path.with_name(f".{path.name}.tmp.npz")
+    np.savez(temporary, about=np.array(text), **arrays)
+    temporary.replace(path)
+
+
+def _read_part(path: Path) -> _Scored:
+    with np.load(path, allow_pickle=False) as arrays:
+        about = json.loads(str(arrays["about"]))
+        pictured = {name: arrays[name] for name in arrays.files if name != "about"}
+    overlay = pictures.Overlay(**about["overlay"], **pictured)
+    return _Scored(about["entry"], about["panther"], overlay)
+
+
+def _score(store: Store, case: StoredCase, logits: np.ndarray, folder: Path) -> _Scored:
+    """Write the label map of a case and score it on the raw grid."""
+    prediction = export.logits_to_label(logits, case.properties, store.plans, store.labels)
+    geometry = case.properties.geometry
+    path = folder / f"{case.id}{store.dataset['file_ending']}"
+    imageio.write_label(path, prediction, geometry)
+    reference, _ = imageio.read_label(store.reference(case.id))
+    counts = metrics.label_counts(
+        reference, prediction, [c for _, c in store.labels.classes], store.labels.ignore_id
+    )
+    entry = {
+        "metrics": counts,
+        "prediction_file": str(path),
+        "reference_file": str(store.reference(case.id)),
+    }
+    _, tumor = metrics.scored_label(store.labels)
+    scores = metrics.panther_case(
+        np.isin(reference, tumor), np.isin(prediction, tumor), spacing_zyx=geometry.spacing_zyx
+    )
+    overlay = _overlay(case, logits, store, counts)
+    return _Scored(entry, {"subject": case.id, **scores}, overlay)
+
+
+def _overlay(
+    case: StoredCase, logits: np.ndarray, store: Store, counts: Mapping[str, Any]
+) -> pictures.Overlay:
+    """The slice with most of the first class, on the network's grid."""
+    z = pictures.best_slice(case.label, store.labels.foreground_ids)
+    scores = ", ".join(
+        f"{name} {_cell(counts[metrics.class_key(value)]['Dice'])}"
+        for name, value in store.labels.classes
+    )
+    height, width = store.plans.spacing[-2:]
+    return pictures.Overlay(
+        title=f"{case.id}, slice {z}: {scores}",
+        image=np.asarray(case.image[0, z]),
+        reference=np.asarray(case.label[z]),
+        prediction=logits[:, z].argmax(0),
+        aspect=height / width,
+    )
+
+
+def validate_checkpoints(
+    store: Store,
+    net: Net,
+    checkpoints: Checkpoints,
+    template: TrainState,
+    folder: Path,
+    *,
+    settings: ValidationConfig,
+    mirror_axes: tuple[int, ...],
+    case_ids: Sequence[str],
+) -> str:
+    """Validate cases with each checkpoint asked for, into ``folder/validation_<name>``.
+
+    Returns the tables of Dice as text.
+
+    Raises:
+        CheckpointError: if a checkpoint is missing.
+    """
+    predict = make_predictor(
+        lambda params, x: apply(net, params, x, full_only=True)[0],
+        tile=store.plans.patch_size,
+        num_outputs=net.arch.num_outputs,
+        mirror_axes=mirror_axes if settings.mirror else (),
+        step_size=settings.step_size,
+    )
+    parts = []
+    for name in settings.checkpoints:
+        restored = checkpoints.restore(name, template)
+        if restored is None:
+            raise CheckpointError(f"checkpoint {name!r} is missing in {checkpoints.folder}")
+        state, counters = restored
+        target = folder / f"validation_{name}"
+        progress = LogProgress(len(case_ids), label=f"validating {name}: case", every_seconds=0.0)
+        summary = validate(
+            store,
+            case_ids,
+            predict,
+            mesh.on_one_device(state.params),
+            target,
+            save_probabilities=settings.save_probabilities,
+            progress=lambda case, done, _total, bar=progress: bar.update(done, case),
+        )
+        progress.close()
+        text = results_table(store, summary)
+        parts.append(f"{target} ({name} checkpoint, step {counters.step})\n{text}")
+    return "\n\n".join(parts)
+
+
+def cases_to_validate(case_ids: Sequence[str], which: Literal["all", "task2"]) -> tuple[str, ...]:
+    """The validation cases of a fold that are asked for (spec 03 §7.4).
+
+    Raises:
+        ValueError: if none is left.
+    """
+    if which == "all":
+        return tuple(case_ids)
+    chosen = tuple(c for c in case_ids if not TASK1_CASE.fullmatch(c))
+    if not chosen:
+        raise ValueError(
+            "validation.cases is task2, but all cases to validate are of task 1 (..._0001)\n"
+            "  Train on a combined data set, or validate all cases with --validation.cases all."
+        )
+    return chosen
+
+
+def results_table(store: Store, summary: Mapping[str, Any]) -> str:
+    """Dice of each case and class as text, with the mean in the last row."""
+    classes = store.labels.classes
+    keys = [metrics.class_key(value) for _, value in classes]
+    rows = [
+        [
+            Path(case["prediction_file"]).name.removesuffix(store.dataset["file_ending"]),
+            *(_cell(case["metrics"][key]["Dice"]) for key in keys),
+        ]
+        for case in summary["metric_per_case"]
+    ]
+    rows.append(["mean", *(_cell(summary["mean"][key]["Dice"]) for key in keys)])
+    return table(["Dice", *(name for name, _ in classes)], rows)
+
+
+def _cell(value: float) -> str:
+    return "-" if value != value else f"{value:.3f}"

@@ -1,0 +1,1 @@
+"""Checkpoints of a run, bundles, and the transfer of starting weights."""
