@@ -14,7 +14,7 @@ from panther_jax import panther_plans, planning, preprocess, store
 from panther_jax.imageio import open_raw
 from panther_jax.plans import Plans
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.torch, pytest.mark.slow]
 TARGET_SPACING = (2.2, 2.5, 2.5)  # the samples are isotropic: resampling needs a reason
 ISO = panther_plans.ISO
 REFERENCE = """
