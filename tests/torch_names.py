@@ -4,7 +4,7 @@ Written for the tests, independently of ``weight_conversion``, so that one can c
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -21,13 +21,18 @@ RULES = (
 )
 
 
-def canonical_state(state: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """One entry a tensor, by canonical torch name; raises if aliases disagree."""
-    names = list(state)
+def without_prefixes(names: Iterable[str]) -> list[str]:
+    """The names without what wrappers of the network put before all of them."""
+    names = list(names)
     while any(names and all(n.startswith(p) for n in names) for p in PREFIXES):
         names = [n.split(".", 1)[1] for n in names]
+    return names
+
+
+def canonical_state(state: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """One entry a tensor, by canonical torch name; raises if aliases disagree."""
     found: dict[str, np.ndarray] = {}
-    for name, value in zip(names, state.values(), strict=True):
+    for name, value in zip(without_prefixes(state), state.values(), strict=True):
         name = re.sub(r"^decoder\.(?=encoder\.)", "", name)
         name = re.sub(r"\.all_modules\.0\.", ".conv.", name)
         name = re.sub(r"\.all_modules\.\d+\.", ".norm.", name)

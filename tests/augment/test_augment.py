@@ -212,27 +212,29 @@ def test_discrete_cases(golden):
     done = 0
     for name, case in index.items():
         params = case["params"]
-        label = jnp.asarray(arrays["seg"])[0]
-        tiny = jnp.asarray(arrays["tiny"])[0]
+        label, tiny = jnp.asarray(arrays["seg"]), jnp.asarray(arrays["tiny"])
+        ndim = tiny.ndim - 1
         if "spatial_axes" in params:
             plane = jnp.asarray(params["spatial_axes"])
-            turn = spatial.rot90_orientation(jnp.int32(params["k"]), plane, tiny.ndim)
-            result = ORIENT(tiny, turn)
+            turn = spatial.rot90_orientation(jnp.int32(params["k"]), plane, ndim)
+            result = [ORIENT(channel, turn) for channel in tiny]
         elif "axis_order" in params:  # the channel axis is counted
             order = jnp.asarray(params["axis_order"][1:]) - 1
-            result = ORIENT(tiny, spatial.Orientation(order, jnp.zeros(tiny.ndim, bool)))
+            turn = spatial.Orientation(order, jnp.zeros(ndim, bool))
+            result = [ORIENT(channel, turn) for channel in tiny]
         elif "axes" in params:
-            flips = jnp.asarray(np.isin(np.arange(tiny.ndim), params["axes"]))
-            result = spatial.apply_mirror(tiny, flips)
+            flips = jnp.asarray(np.isin(np.arange(ndim), params["axes"]))
+            result = [spatial.apply_mirror(channel, flips) for channel in tiny]
         elif "mask" in params:
-            result = spatial.apply_mask(jnp.ones(label.shape), label)
+            masked = spatial.apply_mask(jnp.ones(label.shape[1:]), label[0])
+            result = [masked] * len(arrays[name])  # the mask is that of the first label channel
         elif "label" in params:
-            augment = policies.make_augment("none", patch_size=label.shape)
-            image = jnp.zeros((*label.shape, 1))
-            result = augment(jax.random.key(0), image, label[..., None])[1][..., 0]
+            augment = policies.make_augment("none", patch_size=label.shape[1:])
+            image = jnp.zeros((*label.shape[1:], 1))
+            result = [augment(jax.random.key(0), image, c[..., None])[1][..., 0] for c in label]
         else:
             continue
-        np.testing.assert_array_equal(np.asarray(result)[None], arrays[name], err_msg=name)
+        np.testing.assert_array_equal(np.stack(result), arrays[name], err_msg=name)
         done += 1
     assert done
 

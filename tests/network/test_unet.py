@@ -78,13 +78,22 @@ def test_logits_of_every_golden_network(golden):
 
 @pytest.mark.golden
 def test_parameter_tree_of_resenc_l(golden):
-    table = json.loads((golden / "weights" / "resenc_l_keys.json").read_text())
-    arch = ArchSpec.from_nnunet(table["architecture"], in_channels=1, num_outputs=2)
-    assert unet.count_params(arch) == table["n_parameters"]
-    leaves = list(unet.walk(unet.param_shapes(arch)))
-    assert len(leaves) == table["n_parameter_tensors"]
-    sizes = sorted(math.prod(leaf.shape) for _, leaf in leaves)
-    assert sizes == sorted(math.prod(row["shape"]) for row in table["optimizer_parameter_order"])
+    tables = sorted((golden / "weights").glob("*_keys.json"))
+    assert tables
+    for path in tables:
+        table = json.loads(path.read_text())
+        arch = ArchSpec.from_nnunet(
+            table["architecture"],
+            in_channels=table["input_channels"],
+            num_outputs=table["num_classes"],
+        )
+        assert unet.count_params(arch) == table["n_parameters"]
+        leaves = list(unet.walk(unet.param_shapes(arch)))
+        assert len(leaves) == table["n_parameter_tensors"]
+        sizes = sorted(math.prod(leaf.shape) for _, leaf in leaves)
+        assert sizes == sorted(
+            math.prod(row["shape"]) for row in table["optimizer_parameter_order"]
+        )
 
 
 @pytest.mark.golden

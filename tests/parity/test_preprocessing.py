@@ -18,7 +18,7 @@ from panther_jax.plans.plans import Plans
 from panther_jax.preprocessing import pipeline
 from panther_jax.store import store
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.torch, pytest.mark.slow]
 TARGET_SPACING = (2.2, 2.5, 2.5)  # the samples are isotropic: resampling needs a reason
 ISO = configurations.ISO
 REFERENCE = """

@@ -1,7 +1,6 @@
 """Plans against the reference's, field by field; the planning command; PANTHER's configurations."""
 
 import json
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -124,7 +123,7 @@ def assert_equal(found: Any, expected: Any, where: str) -> None:
 @pytest.mark.golden
 def test_plans_of_datasets(golden: Path) -> None:
     folder = golden / "preprocessing"
-    reduced = reduced_memory((folder / "README.md").read_text())
+    reduced = json.loads((folder / "reduced_memory.json").read_text())
     num_checked = 0
     for raw in sorted((folder / "raw").iterdir()):
         dataset = json.loads((raw / "dataset.json").read_text())
@@ -137,7 +136,7 @@ def test_plans_of_datasets(golden: Path) -> None:
             found = [
                 rules.plan_experiment(f, dataset, dataset_name=raw.name, **options)
                 for f in fingerprints
-                for options in [options_of(expected, dataset, reduced)]
+                for options in [options_of(expected, reduced[raw.name])]
             ]
             # the statistics are those of one of the fingerprints, the rest does not depend on them
             wanted = expected.pop(STATISTICS)
@@ -151,21 +150,11 @@ def test_plans_of_datasets(golden: Path) -> None:
     assert num_checked
 
 
-def reduced_memory(readme: str) -> dict[str, dict[str, float]]:
-    """Gigabytes of the `_small` and `_tiny` plans, which plans files do not name."""
-    found = re.search(r"MR ([\d.]+) / ([\d.]+) GB, CT ([\d.]+) / ([\d.]+) GB", readme)
-    assert found
-    mr_small, mr_tiny, ct_small, ct_tiny = map(float, found.groups())
-    return {
-        "CT": {"small": ct_small, "tiny": ct_tiny},
-        "MRI": {"small": mr_small, "tiny": mr_tiny},
-    }
-
-
-def options_of(expected: Any, dataset: Any, reduced: Any) -> dict[str, Any]:
+def options_of(expected: Any, reduced: dict[str, float]) -> dict[str, Any]:
+    """``reduced``: the gigabytes that a plans name ends in a word for; plans do not tell them."""
     plans_name = expected["plans_name"]
     kind = plans_name.rsplit("_", 1)[-1]
-    memory = {**reduced[dataset["channel_names"]["0"]], "halfGB": 0.5}.get(kind)
+    memory = {**reduced, "halfGB": 0.5}.get(kind)
     options = {"planner": rules.find_planner(expected["experiment_planner_used"])}
     options |= {"plans_name": plans_name, "gpu_memory_gb": memory}
     if kind == "halfGB":

@@ -40,15 +40,22 @@ def assert_same(a, b):
 
 @pytest.mark.golden
 def test_every_key_of_resenc_l_in_order(golden):
-    table = json.loads((golden / "weights" / "resenc_l_keys.json").read_text())
-    arch = ArchSpec.from_nnunet(table["architecture"], in_channels=1, num_outputs=2)
-    names = names_of(arch)
-    assert list(names.keys) == [(row["key"], row["canonical"]) for row in table["state_dict"]]
-    shapes = {row["key"]: tuple(row["shape"]) for row in table["state_dict"]}
-    assert all(names.entries[name].shape == shapes[key] for key, name in names.keys)
-    order = [(row["name"], tuple(row["shape"])) for row in table["optimizer_parameter_order"]]
-    assert [(name, entry.shape) for name, entry in names.entries.items()] == order
-    assert len(names.keys) == table["n_keys"]
+    tables = sorted((golden / "weights").glob("*_keys.json"))
+    assert tables
+    for path in tables:
+        table = json.loads(path.read_text())
+        arch = ArchSpec.from_nnunet(
+            table["architecture"],
+            in_channels=table["input_channels"],
+            num_outputs=table["num_classes"],
+        )
+        names = names_of(arch)
+        assert list(names.keys) == [(row["key"], row["canonical"]) for row in table["state_dict"]]
+        shapes = {row["key"]: tuple(row["shape"]) for row in table["state_dict"]}
+        assert all(names.entries[name].shape == shapes[key] for key, name in names.keys)
+        order = [(row["name"], tuple(row["shape"])) for row in table["optimizer_parameter_order"]]
+        assert [(name, entry.shape) for name, entry in names.entries.items()] == order
+        assert len(names.keys) == table["n_keys"]
 
 
 @pytest.mark.parametrize("arch", made.NETWORKS.values(), ids=made.NETWORKS)
