@@ -1,0 +1,1 @@
+"""Weights: those that others published, and where they are."""
