@@ -11,7 +11,7 @@ import zipfile
 
 import weight_files as made
 
-SPACING = (3.0, 3.0, 3.0)
+SPACING = (6.0, 6.0, 6.0)
 DATASET = {**made.DATASET, "labels": {"background": 0, "tumor": 1, "pancreas": 2}}
 TRAINER = "nnUNetTrainer1e3"
 MODELS = {
