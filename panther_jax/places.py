@@ -6,6 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from panther_jax.weights.names import resolve_model
+from panther_jax.weights.public import KNOWN
+
 DOWNLOADS = {
     901: "download Zenodo record 15192302 (PANTHER) and convert it with "
     "`python -m panther_jax.datasets panther --task t1`",
@@ -55,11 +58,13 @@ class Places:
         return self.root / "store" / dataset / data_identifier
 
     def bundle(self, name: str) -> Path:
-        """Bundle by path, or by name under the weights folder.
+        """Bundle or model folder by path, by name under the weights folder, or by a known name.
 
         Raises:
             FileNotFoundError: if there is none, with the ways to get one.
         """
+        if name in KNOWN:
+            return resolve_model(name, self.root)
         for folder in (Path(name), self.root / "weights" / name):
             if folder.is_dir():
                 return folder

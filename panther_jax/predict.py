@@ -25,6 +25,7 @@ from panther_jax.cases import Task, find_tasks
 from panther_jax.combination import EnsembleSpec, read_ensemble
 from panther_jax.log import Progress, duration, write_json
 from panther_jax.plans import Geometry, read_object
+from panther_jax.weights.names import published_checkpoint, resolve_model
 
 if TYPE_CHECKING:  # JAX loads when there is something to predict: --help must be quick
     from panther_jax.prediction import CasePredictor, Prediction
@@ -365,9 +366,11 @@ def _parser() -> argparse.ArgumentParser:
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument(
         "--model", type=Path, nargs="+", metavar="PATH",
-        help="run, bundle or nnU-Net model folder; several: mean of their probabilities",
+        help="run, bundle, nnU-Net model folder, or known name (panther_jax.weights list); "
+        "several: mean of their probabilities",
     )  # fmt: skip
     what.add_argument("--ensemble", type=Path, metavar="SPEC.json", help="ensemble file")
+    add("--root", type=Path, default=Path("data"), help="where known names are (default: data)")
     add("--input", type=Path, required=True, help="image, or folder of CASE_0000.nii.gz files")
     add("--output", type=Path, required=True, help="folder; or a file, for one image")
     add("--folds", nargs="+", metavar="K", help="folds, numbers or all (default: all there are)")
@@ -410,7 +413,9 @@ def _run(arguments: argparse.Namespace) -> str:
     if arguments.ensemble is not None:
         model: Any = read_ensemble(arguments.ensemble)
     else:
-        model = arguments.model
+        published = published_checkpoint(*arguments.model)
+        model = arguments.model = [resolve_model(m, arguments.root) for m in arguments.model]
+        arguments.checkpoint = arguments.checkpoint or published
     folds = arguments.folds or ()
     predictor = load(
         model,

@@ -27,7 +27,6 @@ from panther_jax.checkpoint import (
     Checkpoints,
     Counters,
     TrainState,
-    load_bundle,
     params_sha256,
     transfer,
 )
@@ -48,6 +47,7 @@ from panther_jax.plans import Plans
 from panther_jax.resident import AnyBatch
 from panther_jax.store import Store, fold_cases
 from panther_jax.validation import cases_to_validate, validate_checkpoints
+from panther_jax.weights.start import load_start
 
 LOGGER = logging.getLogger("panther_jax")
 WAIT_SHARE_HINT = 0.10
@@ -312,7 +312,7 @@ def _require_whole_calls(step: int, per_call: int) -> None:
 def _started_from(
     bundle: Path, state: TrainState, stem: Literal["copy", "reinit"], *, plans: Plans, fold: Fold
 ) -> tuple[TrainState, dict[str, Any]]:
-    loaded = load_bundle(bundle)
+    loaded = load_start(bundle, fold=fold, stem=stem)
     name = next((n for n in (str(fold), "", "all") if n in loaded.params), None)
     name = next(iter(loaded.params)) if name is None else name
     result = transfer(loaded.params[name], state.params, stem=stem)
