@@ -10,6 +10,7 @@ from panther_jax.base import command
 from panther_jax.ensembles.specification import read_ensemble
 from panther_jax.inference.folder import PredictError, predict_folder
 from panther_jax.inference.loading import DTYPES, STRATEGIES, load, predict
+from panther_jax.weights.names import published_checkpoint, resolve_model
 
 __all__ = ["load", "main", "predict"]
 
@@ -30,9 +31,11 @@ def _parser() -> argparse.ArgumentParser:
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument(
         "--model", type=Path, nargs="+", metavar="PATH",
-        help="run, bundle or nnU-Net model folder; several: mean of their probabilities",
+        help="run, bundle, nnU-Net model folder, or known name (panther_jax.weights list); "
+        "several: mean of their probabilities",
     )  # fmt: skip
     what.add_argument("--ensemble", type=Path, metavar="SPEC.json", help="ensemble file")
+    add("--root", type=Path, default=Path("data"), help="where known names are (default: data)")
     add("--input", type=Path, required=True, help="image, or folder of CASE_0000.nii.gz files")
     add("--output", type=Path, required=True, help="folder; or a file, for one image")
     add("--folds", nargs="+", metavar="K", help="folds, numbers or all (default: all there are)")
@@ -75,7 +78,9 @@ def _run(arguments: argparse.Namespace) -> str:
     if arguments.ensemble is not None:
         model: Any = read_ensemble(arguments.ensemble)
     else:
-        model = arguments.model
+        published = published_checkpoint(*arguments.model)
+        model = arguments.model = [resolve_model(m, arguments.root) for m in arguments.model]
+        arguments.checkpoint = arguments.checkpoint or published
     folds = arguments.folds or ()
     predictor = load(
         model,

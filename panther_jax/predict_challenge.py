@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from panther_jax.base import command
 from panther_jax.ensembles.specification import read_ensemble
@@ -23,6 +24,7 @@ from panther_jax.panther.container import (
     segment,
     write_mask,
 )
+from panther_jax.weights.names import published_checkpoint, resolve_model
 
 LOGGER = logging.getLogger("panther_jax")
 
@@ -53,13 +55,17 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--task", choices=sorted(TASKS), required=True, help="t1: task 1, T1 MRI; t2: task 2, T2")
     what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--model", type=Path, nargs="+", metavar="PATH",
-                      help="run, bundle or nnU-Net model folder; several: an ensemble")  # fmt: skip
+    what.add_argument(
+        "--model", type=Path, nargs="+", metavar="PATH",
+        help="run, bundle, nnU-Net model folder, or known name; several: an ensemble",
+    )  # fmt: skip
     what.add_argument("--ensemble", type=Path, metavar="SPEC.json", help="ensemble file")
+    add("--root", type=Path, default=Path("data"), help="where known names are (default: data)")
     add("--input", type=Path, default=Path("/input"), help="default: %(default)s")
     add("--output", type=Path, default=Path("/output"), help="default: %(default)s")
     add("--folds", nargs="+", metavar="K", help="default: all that are there, in general 0 to 4")
-    add("--checkpoint", choices=("final", "best"), help="default: final for t1, best for t2")
+    add("--checkpoint", choices=("final", "best"),
+        help="default: final for t1, best for t2; of a known name the published one")  # fmt: skip
     add("--step-size", type=float, metavar="S", help="tile step, part of a tile (default: 0.5)")
     add("--mirror", action="store_true", help="average over mirrored images, 8 times the work")
     add("--roi-first", type=Path, metavar="MODEL",
@@ -99,9 +105,11 @@ def _recipe(arguments: argparse.Namespace) -> Recipe:
         model = load(read_ensemble(arguments.ensemble))
     else:
         model = load(
-            arguments.model,
+            [resolve_model(m, arguments.root) for m in arguments.model],
             folds=arguments.folds or (),
-            checkpoint=arguments.checkpoint or TASKS[arguments.task].checkpoint,
+            checkpoint=arguments.checkpoint
+            or published_checkpoint(*arguments.model)
+            or TASKS[arguments.task].checkpoint,
             mirror=arguments.mirror,
             step_size=arguments.step_size or 0.5,
         )
@@ -109,12 +117,17 @@ def _recipe(arguments: argparse.Namespace) -> Recipe:
         if member.model.folds != FOLDS:
             LOGGER.info("%s: folds %s", member.model.name, " ".join(member.model.folds) or "-")
     _values(model.labels, TUMOR_NAMES)  # refuse before the work, not after
-    roi_model = None if arguments.roi_first is None else load(arguments.roi_first)
+    roi_model = None if arguments.roi_first is None else _load_one(arguments.roi_first, arguments)
     filter_model = None
     if arguments.component_filter is not None:
         own = arguments.component_filter != OF_ROI_FIRST
-        filter_model = load(arguments.component_filter) if own else roi_model
+        filter_model = _load_one(arguments.component_filter, arguments) if own else roi_model
     return Recipe(model, roi_model, arguments.roi_margin, filter_model, arguments.largest_component)
+
+
+def _load_one(model: Path, arguments: argparse.Namespace) -> Any:
+    checkpoint = published_checkpoint(model) or "final"
+    return load(resolve_model(model, arguments.root), checkpoint=checkpoint)
 
 
 def _run(arguments: argparse.Namespace, start: float) -> str:

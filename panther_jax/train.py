@@ -50,8 +50,9 @@ from panther_jax.training.step import (
     seed_key,
 )
 from panther_jax.training.validation import cases_to_validate, validate_checkpoints
-from panther_jax.weights.bundle import load_bundle, params_sha256
+from panther_jax.weights.bundle import params_sha256
 from panther_jax.weights.checkpoint import Checkpoints, Counters, TrainState
+from panther_jax.weights.start import load_start
 from panther_jax.weights.transfer import transfer
 
 LOGGER = logging.getLogger("panther_jax")
@@ -315,7 +316,7 @@ def _require_whole_calls(step: int, per_call: int) -> None:
 def _started_from(
     bundle: Path, state: TrainState, stem: Literal["copy", "reinit"], *, plans: Plans, fold: Fold
 ) -> tuple[TrainState, dict[str, Any]]:
-    loaded = load_bundle(bundle)
+    loaded = load_start(bundle, fold=fold, stem=stem)
     name = next((n for n in (str(fold), "", "all") if n in loaded.params), None)
     name = next(iter(loaded.params)) if name is None else name
     result = transfer(loaded.params[name], state.params, stem=stem)

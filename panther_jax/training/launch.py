@@ -24,6 +24,7 @@ from panther_jax.training.options import Fold, Options, Result, TrainFold, parse
 from panther_jax.training.provenance import _provenance, device_name, record
 from panther_jax.training.signals import LostProcess
 from panther_jax.training.workdir import open_workdir
+from panther_jax.weights.names import named_start
 
 LOGGER = logging.getLogger("panther_jax")
 
@@ -96,7 +97,7 @@ def execute(
     )
     if options.dry_run:
         return describe(settings, options, places, workdir)
-    bundle = places.bundle(settings.init.bundle) if settings.init.bundle else None
+    bundle = named_start(settings.init.bundle, places) if settings.init.bundle else None
     try:
         store = _one_by_one("store", lambda: prepare_store(settings, options, places))
         if options.prepare_only:

@@ -53,7 +53,7 @@ def make_parser() -> argparse.ArgumentParser:
     )
     add("--raw", type=Path, help="raw data set in nnU-Net layout, instead of ROOT/raw/DATASET")
     add("--store", type=Path, help="preprocessed store, instead of ROOT/store/DATASET/PLANS")
-    add("--init", metavar="BUNDLE|none", help="starting weights: a bundle's folder or name")
+    add("--init", metavar="MODEL|none", help="starting weights: a folder, or a name (weights list)")
     add("--demo", action="store_true", help="phantom data, small network, a budget of minutes")
     add("--restart", action="store_true", help="discard what the fold's folder holds")
     add("--prepare-only", action="store_true", help="make the store that training reads, and stop")

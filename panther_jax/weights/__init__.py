@@ -1,1 +1,1 @@
-"""Checkpoints of a run, bundles, and the transfer of starting weights."""
+"""Checkpoints of a run, bundles, any model's weights, and those that others published."""
