@@ -7,6 +7,7 @@ before it, stem and heads fresh (spec 03 §7.2, §7.4). The files in ``configs/`
 from typing import Literal
 
 from panther_jax.config import (
+    POLICIES,
     AugmentConfig,
     DataConfig,
     InitConfig,
@@ -20,17 +21,6 @@ from panther_jax.config import (
 )
 
 KEYS = ("aug", "epochs", "lr", "schedule", "warmup", "init", "val")
-POLICIES = (
-    "default",
-    "da5",
-    "da5_ord0",
-    "da5_seg_ord0",
-    "da5_fork",
-    "da5_fork_ord0",
-    "da5_fork_seg_ord0",
-    "no_mirroring",
-    "none",
-)
 SCHEDULES = {"poly": "poly", "poly_warmup": "poly_warmup", "cosine": "cosine_warmup"}
 BUNDLES = {"ct": "ct_pancreas", "multitalent": "multitalent", "none": None}
 Init = Literal["ct", "multitalent", "none"]
@@ -49,7 +39,7 @@ def panther_stage(argument: str, *, data: DataConfig, init: Init = "ct") -> Trai
     return TrainConfig(
         data=data,
         augment=AugmentConfig(
-            policy=choose("aug", given, {name: name for name in POLICIES}, default="default")
+            policy=choose("aug", given, {name: name for name in POLICIES.names}, default="default")
         ),
         optim=OptimConfig(
             optimizer="sgd",

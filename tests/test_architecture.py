@@ -17,10 +17,20 @@ MAX_FILE_LINES, MAX_FUNCTION_LINES, MAX_TRAIN_LINES = 600, 60, 450
 
 # A module may import modules of earlier rows, and those of its own row that stand before it.
 LEVELS = (
-    ("architecture", "plans", "log", "pictures", "command", "places", "cpu_convolution"),
+    (
+        "architecture",
+        "plans",
+        "log",
+        "pictures",
+        "command",
+        "places",
+        "cpu_convolution",
+        "registry",
+    ),
     ("config", "recipe", "completeness", "checksums", "imageio", "convolution"),
     ("resampling", "label_resampling", "metrics", "losses", "optim", "model"),
-    ("augment.intensity", "augment.spatial", "augment.local", "augment.fork", "augment.targets"),
+    ("augment.transform", "augment.intensity", "augment.spatial", "augment.local", "augment.fork"),
+    ("augment.targets",),
     ("augment.recipes", "augment.policies"),
     ("nnunet_store", "store", "workers", "cropping", "planner", "panther_plans", "planning"),
     ("preprocess", "phantom", "augment.gallery", "converters", "datasets", "checkpoint", "bundle"),
@@ -52,7 +62,7 @@ JAX_FREE = (
     "panther_plans", "planning", "completeness", "checksums", "converters", "phantom", "datasets",
     "resampling", "label_resampling", "runs", "combination", "postprocess", "statistics",
     "crossval", "scoring", "selection", "recipe", "cascade", "stages", "roi", "tiles", "export",
-    "cases", "predict", "evaluate", "report",
+    "cases", "predict", "evaluate", "report", "registry",
 )  # fmt: skip
 FLAX_FREE = ("batches", "resident", "inference", "losses", "optim", "augment.policies")
 LAZY = {"SimpleITK", "grain", "tyro", "matplotlib", "skimage", "orbax", "safetensors", "rich"}
@@ -114,7 +124,7 @@ def test_jax_free_modules_do_not_load_jax():
 
 
 def test_compute_modules_load_without_the_io_libraries():
-    blocked = ("SimpleITK", "grain", "tyro", "dm_pix", "skimage", "matplotlib", "torch")
+    blocked = ("SimpleITK", "grain", "tyro", "skimage", "matplotlib", "torch")
     code = f"""
 import sys
 for name in {blocked!r}:
