@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from functools import partial
 from typing import ClassVar, Literal
 
-import dm_pix as pix
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
@@ -204,7 +203,7 @@ class Gamma(intensity.Gamma):
         low = volume.min()
         extent = volume.max() - low + 1e-7
         share = (volume - low) / extent
-        curved = pix.adjust_gamma(share, gamma, gain=extent, assume_in_bounds=True) + low
+        curved = intensity.raised(share, gamma, extent) + low
         new_mean, new_std = intensity.mean_and_std(curved, ddof=0)
         return (curved - new_mean) / (new_std + 1e-8) * std + mean
 

@@ -78,8 +78,8 @@ def _policy_panels(name: str, patch_size: tuple[int, ...]) -> Iterator[tuple[str
     if (warp := policy.warp) is not None:
         for title, value in warp.examples(patch):
             yield warp.family, title, partial(_warped, warp, value, patch)
-    for part in (policy.mirror, policy.reorientation):
-        for title, value in () if part is None else part.examples(patch):
+    for part in filter(None, (policy.mirror, policy.reorientation)):
+        for title, value in part.examples(patch):
             yield part.family, title, partial(_oriented, part, value)
     for transform in policy.transforms:
         for title, value in transform.examples(patch):

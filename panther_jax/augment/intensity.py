@@ -169,7 +169,7 @@ class BrightnessShift(Transform):
 
     def apply(self, volume: Float[Array, "*spatial"], value: Float[Array, ""]) -> Array:
         """Add."""
-        return pix.adjust_brightness(volume, value)
+        return jnp.asarray(pix.adjust_brightness(volume, value))
 
     def examples(self, patch: PatchGeometry) -> Iterable[Example]:
         """Give two standard deviations down and up."""
@@ -251,7 +251,7 @@ class LowResolution(Transform):
             _all_axes(self.scale_range[0], patch),
         )
         yield Example(title, scales)
-        yield Example(f"{title} in plane", scales.at[0].set(1.0))
+        yield Example(f"{title}, 2-D", scales.at[0].set(1.0))
 
 
 def low_resolution_size(size: int, scale: Float[Array, ""]) -> Int[Array, ""]:
@@ -295,7 +295,7 @@ class Gamma(Transform):
         low = volume.min()
         extent = volume.max() - low
         share = (volume - low) / jnp.maximum(extent, 1e-7)
-        curved = pix.adjust_gamma(share, gamma, gain=extent, assume_in_bounds=True) + low
+        curved = raised(share, gamma, extent) + low
         new_mean, new_std = mean_and_std(curved)
         return (curved - new_mean) * (std / jnp.maximum(new_std, 1e-7)) + mean
 
@@ -304,6 +304,13 @@ class Gamma(Transform):
         for gamma in self.gamma_range:
             title = f"{'inverted ' if self.invert else ''}{self.name} {gamma:g}"
             yield Example(title, jnp.float32(gamma))
+
+
+def raised(
+    share: Float[Array, "*spatial"], gamma: Float[Array, ""], gain: Float[Array, "*any"]
+) -> Float[Array, "*spatial"]:
+    """Give `gain` times `share` to the power `gamma`, of shares in [0, 1]."""
+    return jnp.asarray(pix.adjust_gamma(share, gamma, gain=gain, assume_in_bounds=True))
 
 
 def _all_axes(value: Any, patch: PatchGeometry) -> Array:

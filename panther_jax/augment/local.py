@@ -9,12 +9,12 @@ from dataclasses import dataclass
 from functools import partial
 from typing import ClassVar, Literal, NamedTuple
 
-import dm_pix as pix
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
+from panther_jax.augment.intensity import raised
 from panther_jax.augment.transform import (
     Draw,
     Example,
@@ -249,7 +249,7 @@ class LocalGamma(Windowed):
         low = volume.min()
         extent = jnp.maximum(volume.max() - low, 1e-8)
         share = (volume - low) / extent
-        curved = pix.adjust_gamma(share, value.amount, gain=weights, assume_in_bounds=True)
+        curved = raised(share, value.amount, weights)
         return ((1 - weights) * share + curved) * extent + low
 
 

@@ -122,7 +122,7 @@ def apply_draws(
     """
     volumes = tuple(image[..., channel] for channel in range(image.shape[-1]))
     label = label[..., 0]
-    if spec.warp is None:
+    if spec.warp is None or draws.warp is None:
         cut = partial(spatial.centre_crop, patch_size=geometry.patch_size)
         volumes, label = tuple(map(cut, volumes)), cut(label, fill=pad_label)
     else:
