@@ -11,6 +11,7 @@ from panther_jax.config.loading import (
     load_config,
 )
 from panther_jax.config.schema import (
+    POLICIES,
     ArchConfig,
     AugmentConfig,
     CheckpointName,
@@ -22,12 +23,12 @@ from panther_jax.config.schema import (
     LoopConfig,
     LossConfig,
     OptimConfig,
-    Policy,
     TrainConfig,
     ValidationConfig,
 )
 
 __all__ = [
+    "POLICIES",
     "ArchConfig",
     "AugmentConfig",
     "CheckpointName",
@@ -40,7 +41,6 @@ __all__ = [
     "LoopConfig",
     "LossConfig",
     "OptimConfig",
-    "Policy",
     "TrainConfig",
     "ValidationConfig",
     "apply_overrides",
