@@ -18,6 +18,7 @@ import numpy as np
 
 from panther_jax.augment import fork, intensity, local, spatial
 from panther_jax.base import command
+from panther_jax.base.files import write_bytes
 from panther_jax.images.phantom import MODALITIES, make_phantom_case
 from panther_jax.images.raw_dataset import Case, open_raw, read_case
 
@@ -327,10 +328,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if out.suffix.lower() != ".png":
             raise command.UsageError(f"--out {out}: expected a name that ends in .png")
         picture = draw_sheet(cut_patch(_subject(arguments.raw, arguments.case, arguments.modality)))
-        out.parent.mkdir(parents=True, exist_ok=True)
-        partial_file = out.with_name(f".{out.name}.partial")
-        partial_file.write_bytes(picture)
-        partial_file.replace(out)
+        write_bytes(out, picture)
         return f"{out} ({len(picture) / 1000:.0f} kB)"
 
     return command.run(body, quiet=arguments.quiet, debug=arguments.debug)

@@ -5,6 +5,8 @@ import typing
 from dataclasses import dataclass, field, is_dataclass
 from typing import Any, Literal
 
+from panther_jax.base.errors import PantherError
+
 Policy = Literal[
     "default",
     "no_mirroring",
@@ -23,7 +25,7 @@ Policy = Literal[
 CheckpointName = Literal["final", "best"]
 
 
-class ConfigError(ValueError):
+class ConfigError(PantherError, ValueError):
     """A configuration, a field or a command line that cannot be used."""
 
 

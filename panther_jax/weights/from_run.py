@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import panther_jax
+from panther_jax.base.errors import PantherError
 from panther_jax.base.files import read_object
 from panther_jax.plans.plans import Plans
 
@@ -14,7 +15,7 @@ UNFLIPPED_POLICIES = ("none", "no_mirroring")
 PASSED_ON = ("started", "config_file", "config_argument", "device", "git_revision", "params_sha256")
 
 
-class BundleError(ValueError):
+class BundleError(PantherError, ValueError):
     """A run that no bundle can be made of."""
 
 
