@@ -1030,6 +1030,7 @@ STAGES = (
     ("foundation not there", "foundation weights", None, "--print-commands"),
     ("script nowhere", "foundation", None, "--slurm {box}/no/where.sh"),
 )
+WEIGHTS = (("folder missing", "bundle.*does not exist", gone("bundle")),)
 GALLERY = (
     ("out of another kind", ".png", None, "--out {box}/o.gif", 2),
     ("raw missing", "raw", gone("raw")),
@@ -1198,6 +1199,15 @@ TABLE: tuple[Bad, ...] = (
     ),
     *group("panther_jax.bundle", "--run {run} --out {out}", *BUNDLE),
     *group("panther_jax.stages", "--task t2 --root {root}", *STAGES),
+    *group("panther_jax.weights.__main__", "show {bundle}", *WEIGHTS),
+    *group(
+        "panther_jax.weights.__main__",
+        "get --root {box}",
+        ("name unknown", "banana.*", None, "banana"),
+        ("name nearly known", "(?s)winner-t3.*winner-t", None, "winner-t3"),
+        ("DOI of another place", "10.1000/1", None, "10.1000/1"),
+    ),
+    *group("panther_jax.weights.__main__", "", ("action unknown", "fetch", None, "fetch", 2)),
     *group("panther_jax.augment.gallery", "--raw {raw} --out {box}/o.png", *GALLERY),
     *group(
         f"{TORCH}.import_nnunet", "--model-folder {folder} --out {out}", *CHECKPOINTS, *IMPORT_ONLY
