@@ -5,10 +5,10 @@ that did not train on it (spec 05 §10.5); the result is a file for ``predict --
 """
 
 import argparse
+import contextlib
 import functools
 import logging
 import os
-import shutil
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -19,7 +19,7 @@ from typing import Any
 from panther_jax.base import command, workers
 from panther_jax.base.command import UsageError
 from panther_jax.base.console import Progress, table
-from panther_jax.base.files import read_object, write_json
+from panther_jax.base.files import move, read_object, scratch_folder, write_json
 from panther_jax.ensembles import selection
 from panther_jax.ensembles.selection import (
     Candidates,
@@ -116,10 +116,11 @@ def _compute(fold: Fold, case_ids: Sequence[str], checkpoint: Checkpoint, folder
         mirror_axes=loaded.mirror_axes if settings.mirror else (),
         step_size=settings.step_size,
     )
-    bar = Progress(len(case_ids), label=f"{fold.run.name} {fold.name}: predicting case")
-    temporary = fold.folder / f".{fold.validation.name}.tmp"
-    shutil.rmtree(temporary, ignore_errors=True)
-    try:
+    label = f"{fold.run.name} {fold.name}: predicting case"
+    with (
+        contextlib.closing(Progress(len(case_ids), label=label)) as bar,
+        scratch_folder(fold.validation) as temporary,
+    ):
         validation.validate(
             store,
             case_ids,
@@ -132,10 +133,7 @@ def _compute(fold: Fold, case_ids: Sequence[str], checkpoint: Checkpoint, folder
         for case in case_ids:
             for ending in (".json", ".pkl", ".npz"):  # the npz last: it says that all is there
                 if (temporary / f"{case}{ending}").is_file():
-                    os.replace(temporary / f"{case}{ending}", fold.validation / f"{case}{ending}")
-    finally:
-        bar.close()
-        shutil.rmtree(temporary, ignore_errors=True)
+                    move(temporary / f"{case}{ending}", fold.validation / f"{case}{ending}")
 
 
 def _require_same_grid(store: Store, plans: Plans, run: Path) -> None:

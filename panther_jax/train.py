@@ -23,6 +23,7 @@ from jaxtyping import Array, Key
 
 from panther_jax.augment import policies
 from panther_jax.base.console import Progress, announced, duration
+from panther_jax.base.errors import PantherError
 from panther_jax.config.schema import ConfigError, TrainConfig
 from panther_jax.devices import processes
 from panther_jax.devices.compiler import compiled
@@ -60,7 +61,7 @@ WAIT_SHARE_HINT = 0.10
 Fold = int | Literal["all"]
 
 
-class TrainingError(RuntimeError):
+class TrainingError(PantherError, RuntimeError):
     """Training cannot go on; the message says from where."""
 
 

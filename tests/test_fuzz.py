@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 from weight_files import write_bundle
 
 from panther_jax.base import files
-from panther_jax.base.errors import CheckpointError, DatasetError, PlansError, StoreError
+from panther_jax.base.errors import CheckpointError, DatasetError, FileError, PlansError, StoreError
 from panther_jax.config.schema import ConfigError, TrainConfig
 from panther_jax.ensembles.specification import EnsembleError, read_ensemble
 from panther_jax.images import raw_dataset
@@ -204,7 +204,7 @@ def test_any_bytes_as_json(tmp_path, content):
     for read in (files.read_json, files.read_object):
         try:
             read(tmp_path / "x.json")
-        except PlansError as error:
+        except FileError as error:
             assert "x.json" in str(error)
 
 
@@ -232,7 +232,7 @@ def test_bundles(bundle, tmp_path, data):
     (folder / name).write_text(json.dumps(value))
     try:
         load_bundle(folder)
-    except (CheckpointError, PlansError) as error:
+    except (CheckpointError, FileError) as error:
         assert len(str(error)) > 10
 
 
@@ -252,7 +252,7 @@ def test_weights_of_bundles(bundle, tmp_path, data):
         path.write_bytes(data.draw(broken(content[: 8 + size])) + content[8 + size :])
     try:
         load_bundle(folder)
-    except (CheckpointError, PlansError) as error:
+    except (CheckpointError, FileError) as error:
         assert "fold_0.safetensors" in str(error)
 
 
@@ -384,7 +384,7 @@ def test_torch_files(torch_bytes, tmp_path, data):
         path.write_bytes(repacked(torch_bytes, lambda p: data.draw(broken(p))))
     try:
         import_nnunet.read_single(path)
-    except (TorchFileError, PlansError, ValueError, CheckpointError) as error:
+    except (TorchFileError, FileError, ValueError, CheckpointError) as error:
         assert not isinstance(error, UnicodeError) and str(error)
 
 

@@ -1,6 +1,7 @@
 """The shape of the code: who imports whom, what is free of JAX and torch, how long things are."""
 
 import ast
+import builtins
 import json
 import os
 import re
@@ -13,6 +14,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "panther_jax"
 MODULES = sorted(PACKAGE.rglob("*.py"))
+ALL_CODE = [*MODULES, *sorted((ROOT / "weight_conversion").glob("*.py"))]
 MAX_FILE_LINES, MAX_FUNCTION_LINES, MAX_TRAIN_LINES = 600, 60, 450
 
 # A room imports only rooms that stand before it; the faces beside them import any, and each other.
@@ -142,6 +144,36 @@ def test_no_code_runs_from_files_of_others():
                     or (k.arg == "allow_pickle" and ast.unparse(k.value) != "False")
                     for k in node.keywords
                 ), f"{path.name}:{node.lineno}"
+
+
+def test_every_error_class_derives_from_the_one_base():
+    """Private ones, caught where they are raised, excepted."""
+    builtin = {n for n, v in vars(builtins).items() if isinstance(v, type)}
+    builtin = {n for n in builtin if issubclass(getattr(builtins, n), BaseException)}
+    classes = [n for p in ALL_CODE for n in ast.walk(parsed(p)) if isinstance(n, ast.ClassDef)]
+    bases = [(c.name, {ast.unparse(b).rpartition(".")[2] for b in c.bases}) for c in classes]
+    errors, derived, before = set(builtin), {"PantherError"}, 0
+    while len(errors) + len(derived) != before:  # until no class is added any more
+        before = len(errors) + len(derived)
+        errors |= {name for name, above in bases if above & errors}
+        derived |= {name for name, above in bases if above & derived}
+    own = {n for n in errors - builtin if not n.startswith("_")}
+    assert len(own) > 20 and own <= derived, own - derived
+
+
+def test_files_are_replaced_in_one_place():
+    """Whoever writes a file takes ``base.files``: nobody else renames."""
+    for path in [*ALL_CODE, *sorted((ROOT / "benchmarks").glob("*.py"))]:
+        if path == PACKAGE / "base" / "files.py":
+            continue
+        for node in ast.walk(parsed(path)):
+            called = node.func if isinstance(node, ast.Call) else None
+            name = called.attr if isinstance(called, ast.Attribute) else ""
+            # texts take two arguments, dataclasses a field by its name
+            of_path = name == "replace" and len(node.args) == 1 and not node.keywords
+            of_os = name == "replace" and ast.unparse(called) == "os.replace"
+            moves = of_path or of_os or name in ("rename", "renames", "mkstemp")
+            assert not moves, f"{path.name}:{getattr(node, 'lineno', 0)}"
 
 
 def test_every_config_loads_and_survives_json(monkeypatch):

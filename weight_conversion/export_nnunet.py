@@ -8,7 +8,6 @@ import argparse
 import logging
 import math
 import re
-import shutil
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from panther_jax.base import command
+from panther_jax.base.errors import PantherError
 from panther_jax.base.files import read_object, write_json
 from panther_jax.plans.plans import Plans
 from panther_jax.training.records import read_metrics
@@ -59,7 +59,7 @@ SGD_GROUP = {
 }
 
 
-class ExportError(ValueError):
+class ExportError(PantherError, ValueError):
     """A run or bundle that cannot be exported."""
 
 
@@ -113,27 +113,21 @@ def export(
         FileNotFoundError, ValueError, CheckpointError: if there is nothing to export, something is
             damaged, or ``out`` exists.
     """
-    from panther_jax.base.files import refuse_existing, replace_folder
+    from panther_jax.base.files import refuse_existing, writing_folder
     from weight_conversion.torch_files import write_torch
 
     if not re.fullmatch(r"\w+", trainer):
         raise ExportError(f"trainer {trainer!r} is not the name of a class, such as nnUNetTrainer")
     refuse_existing(out, overwrite=overwrite)
     source = open_model(model, folds)
-    temporary = out.with_name(f".{out.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    try:
-        written = []
+    written = []
+    with writing_folder(out) as temporary:
         for member in source.members:
             path = temporary / f"fold_{member.fold}" / member.file
-            path.parent.mkdir(parents=True, exist_ok=True)
             write_torch(path, make_checkpoint(source, member, trainer=trainer))
             written.append(out / path.relative_to(temporary))
         write_json(temporary / "plans.json", source.plans)
         write_json(temporary / "dataset.json", source.dataset)
-        replace_folder(temporary, out)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
     return tuple(written)
 
 

@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from panther_jax.base.errors import PantherError
 from panther_jax.network.unet import Params, param_shapes, walk
 from panther_jax.plans.architecture import ArchSpec
 
@@ -20,7 +21,7 @@ SHOWN = 10
 Layout = Literal["conv", "transposed", "vector"]
 
 
-class ConversionError(ValueError):
+class ConversionError(PantherError, ValueError):
     """Weights that do not fit; the message says which, and nothing has been written."""
 
 

@@ -4,7 +4,6 @@ Reading is ``torch.load(weights_only=True)`` with a fixed list of additions, aft
 been checked, and nothing else. Tensors stay memory-mapped: a file larger than memory can be read.
 """
 
-import os
 import zipfile
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
@@ -15,6 +14,8 @@ from typing import Any
 
 import numpy as np
 
+from panther_jax.base.errors import PantherError
+from panther_jax.base.files import writing
 from panther_jax.store.pickles import MAX_ENTRIES, has_too_many_entries
 
 try:
@@ -34,7 +35,7 @@ SIGNATURES = (
 )
 
 
-class TorchFileError(ValueError):
+class TorchFileError(PantherError, ValueError):
     """A file that is not a readable torch checkpoint, or that is not safe to read."""
 
 
@@ -255,9 +256,5 @@ def cpu_device() -> Any:
 
 def write_torch(path: Path, content: Any) -> None:
     """Write by a temporary name and a rename, so that the file is whole or not there."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
+    with writing(path) as temporary:
         torch.save(content, temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)

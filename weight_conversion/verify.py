@@ -15,6 +15,7 @@ import numpy as np
 
 from panther_jax.base import command
 from panther_jax.base.console import table
+from panther_jax.base.errors import PantherError
 from weight_conversion import import_nnunet
 
 if TYPE_CHECKING:  # JAX and torch load when there is something to compare: --help must be quick
@@ -29,7 +30,7 @@ TOLERANCE = 2e-4  # spec 01 §2.6
 MIN_SIZE = 16
 
 
-class Mismatch(RuntimeError):
+class Mismatch(PantherError, RuntimeError):
     """The networks disagree."""
 
 

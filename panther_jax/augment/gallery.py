@@ -22,6 +22,7 @@ from panther_jax.augment import policies, spatial
 from panther_jax.augment.recipes import find_policy
 from panther_jax.augment.transform import PatchGeometry, Transform
 from panther_jax.base import command
+from panther_jax.base.files import write_bytes
 from panther_jax.config import POLICIES, load_config
 from panther_jax.images.phantom import MODALITIES, make_phantom_case
 from panther_jax.images.raw_dataset import Case, open_raw, read_case
@@ -266,10 +267,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         names = arguments.config and (load_config(arguments.config)[0].augment.policy,)
         subject = _subject(arguments.raw, arguments.case, arguments.modality)
         picture = draw_sheet(cut_patch(subject), names)
-        out.parent.mkdir(parents=True, exist_ok=True)
-        partial_file = out.with_name(f".{out.name}.partial")
-        partial_file.write_bytes(picture)
-        partial_file.replace(out)
+        write_bytes(out, picture)
         return f"{out} ({len(picture) / 1000:.0f} kB)"
 
     return command.run(body, quiet=arguments.quiet, debug=arguments.debug)

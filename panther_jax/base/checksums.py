@@ -7,13 +7,14 @@ checksum.
 import zlib
 from pathlib import Path
 
+from panther_jax.base.errors import PantherError
 from panther_jax.base.files import read_object, write_json
 
 CHECKSUMS = "crc32.json"
 READ_BYTES = 1 << 20
 
 
-class ChecksumError(ValueError):
+class ChecksumError(PantherError, ValueError):
     """A file that is not what it was when its checksum was taken."""
 
 
@@ -29,7 +30,7 @@ def verify_checksums(folder: Path) -> None:
 
     Raises:
         ChecksumError: naming the first file that is missing, cut or changed.
-        PlansError: if the notes themselves are damaged.
+        FileError: if the notes themselves are damaged.
     """
     if not (folder / CHECKSUMS).is_file():
         return

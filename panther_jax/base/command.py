@@ -7,12 +7,15 @@ import traceback
 from collections.abc import Callable, Sequence
 
 from panther_jax.base.console import setup_logging
+from panther_jax.base.errors import PantherError
 
 LOGGER = logging.getLogger("panther_jax")
 DONE, FAILED, WRONG_USAGE = 0, 1, 2
+FORESEEN = (ValueError, OSError, RuntimeError, MemoryError, ModuleNotFoundError)
+"""What the system, the libraries and functions called with values out of range raise."""
 
 
-class UsageError(ValueError):
+class UsageError(PantherError, ValueError):
     """A command line that makes no sense; exit code 2."""
 
 
@@ -51,7 +54,7 @@ def run(body: Callable[[], str | None], *, quiet: bool, debug: bool) -> int:
     except KeyboardInterrupt:
         LOGGER.error("stopped; run the same command again to continue")
         return FAILED
-    except (ValueError, OSError, RuntimeError, MemoryError, ModuleNotFoundError) as error:
+    except (PantherError, *FORESEEN) as error:
         return _failed(error, FAILED, debug)
     except Exception as error:  # nobody foresaw it: say so, in one message too
         return _failed(_unexpected(error), FAILED, debug)
@@ -73,7 +76,7 @@ def _failed(error: BaseException, code: int, debug: bool) -> int:
     if debug:
         traceback.print_exception(error)
     text = str(error).strip()
-    if isinstance(error, OSError) and error.strerror:
+    if isinstance(error, OSError) and error.strerror and not isinstance(error, PantherError):
         text = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             text += "\n  Free some space and run the same command again: what is done is kept."

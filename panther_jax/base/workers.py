@@ -14,12 +14,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from panther_jax.base.files import StoreWriteError
+from panther_jax.base.errors import PantherError, WriteError
 
 EXIT_SECONDS = 5.0
 
 
-class WorkerError(RuntimeError):
+class WorkerError(PantherError, RuntimeError):
     """A worker process failed or died; the message names the case and holds the traceback."""
 
 
@@ -41,7 +41,7 @@ def map_cases(
 
     Raises:
         WorkerError: naming the case, with the original traceback.
-        StoreWriteError: if the disk is full.
+        WriteError: if the disk is full.
     """
     if workers < 2 or len(tasks) < 2:
         for case_id, task in tasks:
@@ -54,7 +54,7 @@ def map_cases(
 def _attempt(function: Callable[[Any], Any], task: Any) -> tuple[str, Any]:
     try:
         return "done", function(task)
-    except StoreWriteError as error:
+    except WriteError as error:
         return "storage", (error.errno, error.strerror)
     except (ValueError, FileNotFoundError) as error:
         return "broken", Failure(str(error))
@@ -65,7 +65,7 @@ def _attempt(function: Callable[[Any], Any], task: Any) -> tuple[str, Any]:
 def _unpacked(case_id: str, outcome: tuple[str, Any]) -> Any:
     status, value = outcome
     if status == "storage":
-        raise StoreWriteError(*value)
+        raise WriteError(*value)
     if status == "failed":
         raise WorkerError(f"case {case_id!r} failed:\n{value}")
     return value

@@ -5,6 +5,7 @@ import typing
 from dataclasses import dataclass, field, is_dataclass
 from typing import Any, Literal
 
+from panther_jax.base.errors import PantherError
 from panther_jax.base.registry import Registry
 
 POLICIES = Registry(
@@ -31,7 +32,7 @@ POLICIES = Registry(
 CheckpointName = Literal["final", "best"]
 
 
-class ConfigError(ValueError):
+class ConfigError(PantherError, ValueError):
     """A configuration, a field or a command line that cannot be used."""
 
 

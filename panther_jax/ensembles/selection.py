@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
+from panther_jax.base.errors import PantherError
 from panther_jax.ensembles.combination import Combination, make_combination, output_names
 from panther_jax.ensembles.specification import EnsembleSpec, MemberSpec
 from panther_jax.evaluation import folds, metrics, statistics
@@ -35,7 +36,7 @@ Score = Callable[[Counts], Mapping[str, float]]
 """The aggregates of spec 06 §1 of a mixture."""
 
 
-class SelectionError(ValueError):
+class SelectionError(PantherError, ValueError):
     """Candidates that cannot be chosen from."""
 
 

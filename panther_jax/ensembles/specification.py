@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from panther_jax.base.errors import PlansError
+from panther_jax.base.errors import PantherError, PlansError
 from panther_jax.base.files import read_json, write_json
 from panther_jax.plans.labels import Labels
 
@@ -22,7 +22,7 @@ ENSEMBLE_KEYS = ("members", "combine", "decision", "labels", "regions_class_orde
 MirrorAxes = tuple[int, ...] | Literal["checkpoint"]
 
 
-class EnsembleError(ValueError):
+class EnsembleError(PantherError, ValueError):
     """An ensemble that cannot be read, or whose members do not go together."""
 
 
@@ -77,7 +77,7 @@ def read_ensemble(path: Path) -> EnsembleSpec:
     """Read an ensemble file; paths of models are relative to it.
 
     Raises:
-        FileNotFoundError, PlansError: if it is missing or not JSON.
+        MissingError, FileError: if it is missing or not JSON.
         EnsembleError: naming the file and the key that is wrong.
     """
     value = read_json(path)

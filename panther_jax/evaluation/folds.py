@@ -16,6 +16,7 @@ from typing import Literal
 
 import numpy as np
 
+from panther_jax.base.errors import PantherError
 from panther_jax.base.files import read_object
 from panther_jax.config.schema import ValidationConfig
 from panther_jax.images.raw_dataset import SUPPORTED_ENDINGS
@@ -31,7 +32,7 @@ SUMMARY, RUN = "summary.json", "run.json"
 ARRAY = "probabilities"  # name in the npz file, nnU-Net's
 
 
-class CrossValidationError(ValueError):
+class CrossValidationError(PantherError, ValueError):
     """A run whose folds cannot be used together; the message says why and what to do."""
 
 

@@ -6,7 +6,6 @@ from a table over the eight voxels around a node; all averages and percentiles a
 
 import json
 import math
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property, lru_cache
@@ -18,6 +17,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Integer, Shaped
 from scipy import spatial
 
+from panther_jax.base.files import write_text
 from panther_jax.plans.labels import Labels, LabelValue
 
 Preset = Literal["default", "organisers", "fork_a", "fork_b", "fork_b_folds"]
@@ -547,12 +547,4 @@ def write_summary(path: Path, summary: Mapping[str, Any]) -> None:
 
     The folder is created.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(summary, indent=4, sort_keys=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+    write_text(path, json.dumps(summary, indent=4, sort_keys=True))

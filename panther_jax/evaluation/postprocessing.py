@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Integer
 
+from panther_jax.base.errors import PantherError
 from panther_jax.base.files import read_json
 from panther_jax.base.workers import Failure, map_cases
 from panther_jax.evaluation import metrics
@@ -26,7 +27,7 @@ from panther_jax.images.imageio import read_label, write_label
 from panther_jax.plans.labels import LabelValue
 
 
-class PostprocessError(ValueError):
+class PostprocessError(PantherError, ValueError):
     """Predictions that cannot be post-processed; the message names them."""
 
 

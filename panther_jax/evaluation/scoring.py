@@ -16,6 +16,7 @@ from typing import Any
 
 import panther_jax
 from panther_jax.base import workers
+from panther_jax.base.errors import PantherError
 from panther_jax.evaluation import metrics, statistics
 from panther_jax.evaluation.folds import (
     Checkpoint,
@@ -41,7 +42,7 @@ TUMOR = ("tumor", 1)
 Progress = Callable[[str, int, int], None]
 
 
-class EvaluationError(ValueError):
+class EvaluationError(PantherError, ValueError):
     """An evaluation that cannot be made, or that left cases out; the message lists them."""
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from panther_jax.base.console import table
-from panther_jax.base.errors import DatasetError, PlansError
+from panther_jax.base.errors import DatasetError, FileError
 from panther_jax.images import imageio, raw_dataset
 from panther_jax.images.phantom_dataset import Progress
 from panther_jax.images.raw_dataset import RawCase
@@ -98,7 +98,7 @@ def check_dataset(folder: Path, *, progress: Progress | None = None) -> DatasetR
 def _check_case(raw_case: RawCase, labels: Labels) -> CaseReport:
     try:
         case = raw_dataset.read_case(raw_case, labels)
-    except (DatasetError, PlansError, FileNotFoundError) as error:
+    except (DatasetError, FileError, FileNotFoundError) as error:
         return CaseReport(raw_case.id, (str(error),), {})
     assert case.label is not None, raw_case.id
     values, counts = imageio.label_values(case.label)

@@ -1,10 +1,10 @@
 """Cases of any source as a raw data set in nnU-Net's layout: labels recoded, images as they are."""
 
+import contextlib
 import errno
 import logging
 import os
 import shutil
-import uuid
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 from jaxtyping import Integer
 
-from panther_jax.base.files import StoreWriteError, read_json, write_json
+from panther_jax.base.errors import PantherError, WriteError
+from panther_jax.base.files import read_json, write_json, writing
 from panther_jax.base.workers import Failure, map_cases
 from panther_jax.images.geometry import check_geometry
 from panther_jax.images.imageio import (
@@ -32,7 +33,7 @@ Progress = Callable[[str, int, int], None]
 logger = logging.getLogger("panther_jax")
 
 
-class ConversionError(ValueError):
+class ConversionError(PantherError, ValueError):
     """Cases that cannot be converted; the message lists them all."""
 
 
@@ -121,7 +122,7 @@ def convert(
     Raises:
         DatasetError: if ``out`` exists and is not this conversion's.
         ConversionError: listing every broken case, after all others are done.
-        WorkerError, StoreWriteError: at once, if a worker fails or the disk is full.
+        WorkerError, WriteError: at once, if a worker fails or the disk is full.
     """
     _prepare(conversion, out, overwrite)
     ending = str(conversion.dataset["file_ending"])
@@ -192,28 +193,21 @@ def _convert_case(job: _Job) -> None:
             else:
                 write_image(target, _as_stored(channel), geometry)
         write_label(label_target, label, label_geometry)
-    except (OSError, DatasetError) as error:
-        number = error.errno if isinstance(error, OSError) else None
-        raise StoreWriteError(
-            number or errno.EIO,
+    except DatasetError as error:  # SimpleITK does not say why
+        raise WriteError(
+            errno.EIO,
             f"case {case.id!r} cannot be written to {job.out}: {error}. Free some space, and run "
             "the same command again: it continues.",
         ) from error
 
 
 def _place(source: Path, target: Path, link: bool) -> None:
-    temporary = target.with_name(f".{uuid.uuid4().hex[:8]}-{target.name}")
-    try:
+    with writing(target) as temporary:
         if link:
-            try:
+            with contextlib.suppress(OSError):  # another file system, or one without hard links
                 os.link(source.resolve(), temporary)
-            except OSError:  # another file system, or one without hard links
-                shutil.copyfile(source, temporary)
-        else:
-            shutil.copyfile(source, temporary)
-        os.replace(temporary, target)
-    finally:
-        temporary.unlink(missing_ok=True)
+                return
+        shutil.copyfile(source, temporary)
 
 
 def _as_stored(channel: np.ndarray) -> np.ndarray:

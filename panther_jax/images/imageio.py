@@ -2,9 +2,7 @@
 
 import logging
 import math
-import os
 import struct
-import uuid
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,6 +12,7 @@ import numpy as np
 from jaxtyping import Float32, Integer, Num
 
 from panther_jax.base.errors import DatasetError
+from panther_jax.base.files import writing
 from panther_jax.images.geometry import _numbers, geometry_differences
 from panther_jax.images.integrity import count_not_finite, require_complete
 from panther_jax.plans.geometry import Geometry
@@ -245,13 +244,8 @@ def _write(path: Path, array: np.ndarray, geometry: Geometry) -> None:
     image.SetSpacing(tuple(reversed(geometry.spacing_zyx[-ndim:])))
     image.SetOrigin(geometry.origin_xyz)
     image.SetDirection(geometry.direction)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # SimpleITK chooses the format by the ending, so the temporary name keeps it.
-    temporary = path.with_name(f".{uuid.uuid4().hex[:8]}-{path.name}")
     try:
-        sitk.WriteImage(image, str(temporary), useCompression=True)
-        os.replace(temporary, path)
+        with writing(path) as temporary:
+            sitk.WriteImage(image, str(temporary), useCompression=True)
     except RuntimeError as error:
         raise DatasetError(f"{path}: cannot be written: {error}".splitlines()[0]) from error
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -1,13 +1,12 @@
 """Phantom cases as a raw data set."""
 
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 
 from panther_jax.base.errors import DatasetError
-from panther_jax.base.files import write_json
+from panther_jax.base.files import write_json, writing_folder
 from panther_jax.images import imageio, phantom
 from panther_jax.images.raw_dataset import Case
 
@@ -50,9 +49,7 @@ def make_phantom(
         )
     label_files = _label_files(label_folder) if label_folder else None
     count = num_cases if label_files is None else min(num_cases, len(label_files))
-    temporary = out.with_name(f".{out.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    try:
+    with writing_folder(out) as temporary:
         for name in ("imagesTr", "labelsTr"):
             (temporary / name).mkdir(parents=True)
         for index in range(count):
@@ -76,11 +73,6 @@ def make_phantom(
             "description": f"procedural abdominal phantom, {modality}, seed {seed}",
         }
         write_json(temporary / "dataset.json", entries)
-        if out.exists():
-            shutil.rmtree(out)
-        temporary.rename(out)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _write_case(folder: Path, case: Case, ending: str) -> None:

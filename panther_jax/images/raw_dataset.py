@@ -167,7 +167,7 @@ def read_dataset_json(path: Path) -> dict[str, Any]:
     """Read and check a ``dataset.json``.
 
     Raises:
-        FileNotFoundError, PlansError: if it is missing or not JSON.
+        MissingError, FileError: if it is missing or not JSON.
         DatasetError: naming every missing key and every name or label that occurs twice.
     """
     dataset = read_json(path)

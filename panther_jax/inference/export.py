@@ -6,7 +6,6 @@ than a few arrays of the image's size, however many classes there are (spec 05 Â
 
 import itertools
 import os
-import uuid
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -20,7 +19,7 @@ import numpy as np
 from jaxtyping import Float, Integer
 from scipy.special import expit
 
-from panther_jax.base.files import write_json
+from panther_jax.base.files import write_json, writing
 from panther_jax.plans.geometry import Properties
 from panther_jax.plans.labels import Labels
 from panther_jax.plans.plans import Plans
@@ -232,14 +231,8 @@ def save_probabilities(
     """
     write_json(folder / f"{stem}.json", properties.to_json())
     write_pickle(folder / f"{stem}.pkl", nnunet_properties(properties))
-    path = folder / f"{stem}.npz"
-    temporary = path.with_name(f".{uuid.uuid4().hex[:8]}-{path.name}")
-    try:
-        with temporary.open("wb") as file:
-            np.savez_compressed(file, probabilities=probabilities)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with writing(folder / f"{stem}.npz") as temporary:
+        np.savez_compressed(temporary, probabilities=probabilities)
 
 
 def nnunet_properties(properties: Properties) -> dict[str, Any]:

@@ -4,7 +4,6 @@ import dataclasses
 import importlib.metadata
 import logging
 import time
-import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -13,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 import panther_jax
 from panther_jax.base.console import Progress, duration
-from panther_jax.base.files import read_object, write_json
+from panther_jax.base.errors import PantherError
+from panther_jax.base.files import read_object, require_writable, write_json
 from panther_jax.images import imageio
 from panther_jax.images.cases import Task, find_tasks
 
@@ -26,7 +26,7 @@ RECORD = "predict.json"
 CASE_ERRORS = (ValueError, OSError, RuntimeError, MemoryError)
 
 
-class PredictError(RuntimeError):
+class PredictError(PantherError, RuntimeError):
     """Cases that could not be predicted, all of them listed; or an output that is in the way."""
 
 
@@ -240,11 +240,8 @@ def predict_folder(
 
 def _require_writable(folder: Path) -> None:
     """Find out before the work, not after."""
-    probe = folder / f".{uuid.uuid4().hex[:8]}.tmp"
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe.write_bytes(b"")
-        probe.unlink()
+        require_writable(folder)
     except OSError as error:
         raise PredictError(
             f"output folder {folder} cannot be written: {error.strerror}; choose another"

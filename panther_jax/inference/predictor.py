@@ -14,6 +14,7 @@ import jax
 import numpy as np
 from jaxtyping import Float
 
+from panther_jax.base.errors import PantherError
 from panther_jax.devices.memory import available_memory
 from panther_jax.devices.mesh import AXES, replicate, split_patches
 from panther_jax.ensembles.combination import decide
@@ -40,7 +41,7 @@ MEMORY_SHARE = 0.9  # of what is available; the rest is for what surrounds the a
 Progress = Callable[[int, int], None]
 
 
-class ImageError(ValueError):
+class ImageError(PantherError, ValueError):
     """An image that the model cannot predict."""
 
 

@@ -2,9 +2,7 @@
 
 import dataclasses
 import logging
-import os
 import time
-import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +11,8 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, Float, Integer
 
+from panther_jax.base.errors import PantherError
+from panther_jax.base.files import require_writable, writing
 from panther_jax.evaluation.components import filter_components, flat_labels, keep_largest_component
 from panther_jax.evaluation.metrics import TUMOR_NAMES
 from panther_jax.inference.loading import predict
@@ -27,7 +27,7 @@ SHARE_OF_LIMIT = 0.9  # of the time that is left: export and writing come after 
 MIN_SAMPLES = 3  # calls of the network before its pace is believed; the first one compiles
 
 
-class ChallengeError(RuntimeError):
+class ChallengeError(PantherError, RuntimeError):
     """The container's input is not what the challenge promises, or the output cannot be written."""
 
 
@@ -232,11 +232,8 @@ def prepare_output(path: Path, *, overwrite: bool) -> None:
     """
     if path.exists() and not overwrite:
         raise ChallengeError(f"{path} exists; pass --overwrite, or another --output")
-    probe = path.parent / f".{uuid.uuid4().hex[:8]}.tmp"
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        probe.write_bytes(b"")
-        probe.unlink()
+        require_writable(path.parent)
     except OSError as error:
         raise ChallengeError(f"{path.parent} cannot be written: {error.strerror}") from None
 
@@ -249,11 +246,8 @@ def write_mask(path: Path, mask: Bool[np.ndarray, "z y x"], geometry: Geometry) 
     image.SetSpacing(geometry.spacing_zyx[::-1])
     image.SetOrigin(geometry.origin_xyz)
     image.SetDirection(geometry.direction)
-    temporary = path.with_name(f".{uuid.uuid4().hex[:8]}-{path.name}")
     try:
-        sitk.WriteImage(image, str(temporary), useCompression=False)
-        os.replace(temporary, path)
+        with writing(path) as temporary:
+            sitk.WriteImage(image, str(temporary), useCompression=False)
     except RuntimeError as error:
         raise ChallengeError(f"{path} cannot be written: {error}".splitlines()[0]) from None
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -11,12 +11,13 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 from panther_jax.base.console import duration
+from panther_jax.base.errors import PantherError
 from panther_jax.panther.chain import Step, command_of, layers
 
 LOGGER = logging.getLogger("panther_jax")
 
 
-class StageError(RuntimeError):
+class StageError(PantherError, RuntimeError):
     """A step of the cascade that failed or cannot be run."""
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from panther_jax.base.errors import PlansError
-from panther_jax.base.files import read_json
+from panther_jax.base.files import read_json, write_json
 from panther_jax.config.schema import TrainConfig
 from panther_jax.images.raw_dataset import RawDataset
 from panther_jax.planner.fingerprint import extract_fingerprint
@@ -19,7 +19,6 @@ from panther_jax.plans.plans import (
     normalization_schemes,
 )
 from panther_jax.store.layout import FINGERPRINT
-from panther_jax.store.store import write_json
 
 logger = logging.getLogger("panther_jax")
 

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, Float32
 
+from panther_jax.base.errors import PantherError
 from panther_jax.base.workers import Failure, map_cases
 from panther_jax.images import splits
 from panther_jax.images.raw_dataset import Case, RawCase, RawDataset, read_case
@@ -36,7 +37,7 @@ logger = logging.getLogger("panther_jax")
 Progress = Callable[[str, int, int], None]
 
 
-class PreprocessError(ValueError):
+class PreprocessError(PantherError, ValueError):
     """Cases that cannot be preprocessed; the message lists them all."""
 
 
@@ -169,7 +170,7 @@ def preprocess(
     Raises:
         StoreError: if the store was made from other plans.
         PreprocessError: listing every broken case, after all others are done.
-        WorkerError, StoreWriteError: at once, if a worker fails or the disk is full.
+        WorkerError, WriteError: at once, if a worker fails or the disk is full.
     """
     _check_plans(plans)
     store.prepare_store(out, plans, raw.dataset, fingerprint=fingerprint)

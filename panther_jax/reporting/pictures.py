@@ -1,7 +1,6 @@
 """Pictures of a run: its curves, and its predictions over the images."""
 
 import itertools
-import os
 import struct
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -12,6 +11,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, Float, Integer, Num, Shaped
 
+from panther_jax.base.files import writing
 from panther_jax.plans.geometry import Geometry
 
 CLASS_COLOURS = ("#ff3b30", "#34c7ff", "#ffd60a", "#30d158", "#bf5af2", "#ff9f0a")
@@ -56,10 +56,9 @@ def plot_progress(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     bottom.set_ylabel("learning rate")
     bottom.set_xlabel("epoch")
     figure.tight_layout()
-    temporary = path.with_name(f".{path.stem}.tmp.png")
-    figure.savefig(temporary, dpi=80)
+    with writing(path) as temporary:
+        figure.savefig(temporary, dpi=80)
     plt.close(figure)
-    os.replace(temporary, path)
 
 
 def _column(rows: Sequence[Mapping[str, Any]], name: str) -> list[float]:
@@ -123,10 +122,9 @@ def plot_overlays(overlays: Sequence[Overlay], classes: Mapping[str, int], path:
     ]
     figure.legend(handles=handles, loc="lower center", ncols=len(handles), fontsize=8)
     figure.tight_layout(rect=(0, 0.04, 1, 1))
-    temporary = path.with_name(f".{path.stem}.tmp.png")
-    figure.savefig(temporary, dpi=80)
+    with writing(path) as temporary:
+        figure.savefig(temporary, dpi=80)
     plt.close(figure)
-    os.replace(temporary, path)
 
 
 # ---------------------------------------------------------------------------------- three planes

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from panther_jax.base.errors import PlansError, StoreError
+from panther_jax.base.errors import FileError, StoreError
 from panther_jax.base.files import read_json, read_object
 from panther_jax.plans.geometry import Geometry, Properties
 from panther_jax.plans.labels import LabelValue
@@ -111,7 +111,7 @@ def _plans_of(folder: Path) -> tuple[dict[str, Any], str]:
 def _plans_json(path: Path) -> dict[str, Any]:
     try:
         value = read_json(path)
-    except PlansError:
+    except FileError:
         return {}
     return value if isinstance(value, dict) and all(k in value for k in PLANS_KEYS) else {}
 

@@ -2,7 +2,6 @@
 
 import io
 import math
-import os
 import pickle
 import re
 from collections.abc import Callable, Mapping
@@ -12,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from panther_jax.base.errors import StoreError
+from panther_jax.base.files import write_bytes
 
 MAX_ENTRIES = 3_000_000
 
@@ -28,12 +28,7 @@ def write_pickle(path: Path, value: Mapping[str, Any]) -> None:
         StoreError: if the value holds anything else.
     """
     _require_plain(value)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_bytes(pickle.dumps(value, protocol=4))
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_bytes(path, pickle.dumps(value, protocol=4))
 
 
 def _require_plain(value: Any) -> None:

@@ -1,24 +1,24 @@
 """The preprocessed store: plain ``.npy`` files with a JSON a case."""
 
 import json
-import time
+import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float32, Integer
 
 from panther_jax.base.errors import StoreError
 from panther_jax.base.files import (
-    TEMPORARY,
-    StoreWriteError,
-    _copy,
-    _json_bytes,
-    _Renaming,
+    json_bytes,
     read_json,
     read_object,
+    remove_stale,
+    write_error,
+    write_json,
+    writing_together,
 )
 from panther_jax.images.imageio import label_values
 from panther_jax.plans.geometry import Properties
@@ -41,7 +41,6 @@ from panther_jax.store.nnunet import (
 )
 
 FORMAT_VERSION = 1
-STALE_SECONDS = 3600.0
 
 
 @dataclass(frozen=True)
@@ -252,36 +251,37 @@ def write_stored(
     """Write a case, with a copy of its raw label map ``reference``; all of it or nothing.
 
     Raises:
-        StoreWriteError: if the disk is full or a file cannot be written.
+        WriteError: if the disk is full or a file cannot be written.
         StoreError: if the case is named like one of the store's own files.
     """
     if f"{case.id}.json" in RESERVED:
         raise StoreError(f"case {case.id!r}: a case cannot be named so in a store; rename it")
     keyed = {str(i): coordinates for i, (_, coordinates) in enumerate(case.locations)}
-    paths: dict[str, tuple[Path, Callable[[IO[bytes]], Any]]] = {
+    paths: dict[str, tuple[Path, Callable[[Path], Any]]] = {
         "image": (
             _array_path(folder, case.id, "image"),
-            lambda file: _write_array(file, case.image),
+            lambda path: _write_array(path, case.image),
         ),
         "label": (
             _array_path(folder, case.id, "label"),
-            lambda file: _write_array(file, case.label),
+            lambda path: _write_array(path, case.label),
         ),
         "locations": (
             _locations_path(folder, case.id),
-            lambda file: np.savez(file, **keyed),  # type: ignore[arg-type]
+            lambda path: np.savez(path, **keyed),  # type: ignore[arg-type]
         ),
     }
     if reference is not None:
         target = folder / REFERENCES / f"{case.id}{file_ending}"
-        paths["reference"] = (target, lambda file: _copy(reference, file))
+        paths["reference"] = (target, lambda path: shutil.copyfile(reference, path))
     json_path = folder / f"{case.id}.json"
-    with _Renaming() as files:
-        for path, write in paths.values():
-            files.write(path, write)
-        sizes = {n: (p.relative_to(folder), files.size(p)) for n, (p, _) in paths.items()}
-        entry = _entry(case, sizes)
-        files.write(json_path, lambda file: file.write(_json_bytes(entry)))
+    sizes = {}
+    with writing_together() as files:
+        for name, (path, write) in paths.items():
+            temporary = files.beside(path)
+            write(temporary)
+            sizes[name] = (path.relative_to(folder), temporary.stat().st_size)
+        files.beside(json_path).write_bytes(json_bytes(_entry(case, sizes)))
         # never an old JSON beside new arrays
         json_path.unlink(missing_ok=True)
 
@@ -302,21 +302,12 @@ def _entry(case: StoredCase, files: Mapping[str, tuple[Path, int]]) -> dict[str,
     }
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Write a JSON file to a temporary name and rename it.
-
-    Raises:
-        StoreWriteError: if the disk is full or the file cannot be written.
-    """
-    with _Renaming() as files:
-        files.write(path, lambda file: file.write(_json_bytes(value)))
-
-
-def _write_array(file: IO[bytes], array: np.ndarray) -> None:
+def _write_array(path: Path, array: np.ndarray) -> None:
     # not numpy.save: it loses the error number with which a full disk is told from other failures
     array = np.ascontiguousarray(array)
-    np.lib.format.write_array_header_1_0(file, np.lib.format.header_data_from_array_1_0(array))
-    file.write(array.data)
+    with path.open("wb") as file:
+        np.lib.format.write_array_header_1_0(file, np.lib.format.header_data_from_array_1_0(array))
+        file.write(array.data)
 
 
 # ---------------------------------------------------------------------------- the store's header
@@ -336,7 +327,7 @@ def prepare_store(
 
     Raises:
         StoreError: naming the fields in which an existing store was made from other plans.
-        StoreWriteError: if the folder cannot be written.
+        WriteError: if the folder cannot be written.
     """
     if (folder / PLANS).is_file() and (folder / DATASET).is_file():
         old_dataset = read_object(folder / DATASET)
@@ -351,13 +342,14 @@ def prepare_store(
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise StoreWriteError(error.errno, f"cannot make {folder}: {error.strerror}") from error
-    _remove_stale(folder)
+        raise write_error(error, folder) from error
+    for place in (folder, folder / REFERENCES):
+        remove_stale(place)
     headers = ((PLANS, plans.to_nnunet()), (DATASET, dict(dataset)), (FINGERPRINT, fingerprint))
     for name, value in headers:
         # JSON has no tuples: compare what would be written
         current = read_json(folder / name) if (folder / name).is_file() else None
-        if value is not None and json.loads(_json_bytes(value)) != current:
+        if value is not None and json.loads(json_bytes(value)) != current:
             write_json(folder / name, value)
 
 
@@ -386,13 +378,3 @@ def _resampling(resampler: Any) -> dict[str, Any]:
 
 def _changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     return [f"{key}: {old[key]!r} -> {new[key]!r}" for key in old if old[key] != new[key]]
-
-
-def _remove_stale(folder: Path) -> None:
-    """Delete temporary files of a killed run; young ones may belong to a run still going on."""
-    for path in [*folder.glob(f".*{TEMPORARY}"), *folder.glob(f"{REFERENCES}/.*{TEMPORARY}")]:
-        try:
-            if time.time() - path.stat().st_mtime > STALE_SECONDS:
-                path.unlink()
-        except FileNotFoundError:
-            continue

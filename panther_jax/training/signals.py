@@ -4,14 +4,16 @@ import signal
 from dataclasses import dataclass
 from typing import Any
 
+from panther_jax.base.errors import PantherError
+
 # ------------------------------------------------------------------------------------- signals
 
 
-class LostProcess(RuntimeError):
+class LostProcess(PantherError, RuntimeError):
     """Another process of the run died."""
 
 
-class Interrupted(RuntimeError):
+class Interrupted(PantherError, RuntimeError):
     """A signal asked to stop; everything is saved."""
 
 

@@ -17,7 +17,7 @@ import numpy as np
 from panther_jax.base.console import Progress as LogProgress
 from panther_jax.base.console import table
 from panther_jax.base.errors import CheckpointError
-from panther_jax.base.files import read_json, write_json
+from panther_jax.base.files import read_json, write_json, writing
 from panther_jax.config.schema import ValidationConfig
 from panther_jax.devices import mesh, processes
 from panther_jax.evaluation import metrics
@@ -112,9 +112,8 @@ def _write_part(path: Path, scored: _Scored) -> None:
     arrays: dict[str, Any] = {k: v for k, v in overlay.items() if isinstance(v, np.ndarray)}
     rest = {name: value for name, value in overlay.items() if name not in arrays}
     text = json.dumps({"entry": scored.entry, "panther": scored.panther, "overlay": rest})
-    temporary = path.with_name(f".{path.name}.tmp.npz")
-    np.savez(temporary, about=np.array(text), **arrays)
-    temporary.replace(path)
+    with writing(path) as temporary:
+        np.savez(temporary, about=np.array(text), **arrays)
 
 
 def _read_part(path: Path) -> _Scored:

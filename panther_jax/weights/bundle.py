@@ -3,7 +3,6 @@
 import hashlib
 import json
 import math
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from panther_jax.base.errors import CheckpointError
-from panther_jax.base.files import read_object, refuse_existing, replace_folder, write_json
+from panther_jax.base.files import read_object, refuse_existing, write_json, writing_folder
 from panther_jax.network.unet import Params, param_shapes, walk
 from panther_jax.plans.labels import Labels
 from panther_jax.plans.plans import Plans
@@ -69,13 +68,10 @@ def save_bundle(
     ``provenance`` gains the SHA-256 of every weight file. The folder appears when complete.
 
     Raises:
-        CheckpointError: if the folder exists or cannot be written.
+        CheckpointError, WriteError: if the folder exists or cannot be written.
     """
     refuse_existing(folder, overwrite=overwrite)
-    temporary = folder.with_name(f".{folder.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    try:
-        temporary.mkdir(parents=True)
+    with writing_folder(folder) as temporary:
         checksums = {}
         for fold, tree in params.items():
             path = temporary / _weights_name(fold)
@@ -83,11 +79,6 @@ def save_bundle(
         write_json(temporary / "plans.json", plans)
         write_json(temporary / "dataset.json", dataset)
         write_json(temporary / "provenance.json", {**provenance, "sha256": checksums})
-        replace_folder(temporary, folder)
-    except OSError as error:
-        raise CheckpointError(f"bundle {folder} cannot be written: {error}") from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _write_safetensors(path: Path, tree: Params) -> str:

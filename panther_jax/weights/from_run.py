@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import panther_jax
+from panther_jax.base.errors import PantherError
 from panther_jax.base.files import read_object
 from panther_jax.plans.plans import Plans
 
@@ -13,7 +14,7 @@ if TYPE_CHECKING:  # JAX loads when there is something to do: --help must be qui
 PASSED_ON = ("started", "config_file", "config_argument", "device", "git_revision", "params_sha256")
 
 
-class BundleError(ValueError):
+class BundleError(PantherError, ValueError):
     """A run that no bundle can be made of."""
 
 

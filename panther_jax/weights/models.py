@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from panther_jax.base.errors import PantherError
 from panther_jax.base.files import read_object
 from panther_jax.network.unet import Params, param_shapes, walk
 from panther_jax.plans.labels import Labels
@@ -26,7 +27,7 @@ CHECKPOINT_FILES: Mapping[str, str] = {
 }
 
 
-class ModelError(ValueError):
+class ModelError(PantherError, ValueError):
     """A model that cannot be predicted with; the message names the folder and the remedy."""
 
 

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from panther_jax.base import workers
-from panther_jax.base.files import StoreWriteError, _Renaming
+from panther_jax.base.errors import WriteError
+from panther_jax.base.files import writing
 
 
 def work(task: str) -> Any:
@@ -24,13 +25,14 @@ def work(task: str) -> Any:
         time.sleep(60)
     if task.startswith("write "):
         path = Path(task.removeprefix("write "))
-        with _Renaming() as files:
-            files.write(path, lambda file: (file.write(b"half"), file.flush(), time.sleep(60)))
+        with writing(path) as temporary:
+            temporary.write_bytes(b"half")
+            time.sleep(60)
     if task.startswith("full when "):
         folder = Path(task.removeprefix("full when "))
         while not list(folder.glob(".*.tmp")):
             time.sleep(0.05)
-        raise StoreWriteError(errno.ENOSPC, "the disk is full")
+        raise WriteError(errno.ENOSPC, "the disk is full")
     return task.upper(), os.getpid(), "jax" in sys.modules
 
 
@@ -73,6 +75,6 @@ def test_full_disk_in_one_worker_leaves_nothing_half_written_by_another(
     importable: None, tmp_path: Path
 ) -> None:
     tasks = [("a", f"write {tmp_path / 'a.npy'}"), ("b", f"full when {tmp_path}")]
-    with pytest.raises(StoreWriteError, match="the disk is full"):
+    with pytest.raises(WriteError, match="the disk is full"):
         list(workers.map_cases(work, tasks, workers=2))
     assert not list(tmp_path.iterdir())

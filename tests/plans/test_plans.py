@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from panther_jax.base.errors import PlansError
+from panther_jax.base.errors import FileError, PlansError
 from panther_jax.base.files import read_json
 from panther_jax.plans.architecture import ArchSpec
 from panther_jax.plans.geometry import Geometry, Properties
@@ -212,5 +212,5 @@ def test_json_files_that_cannot_be_read(tmp_path):
     with pytest.raises(FileNotFoundError, match="plans.json does not exist"):
         read_json(tmp_path / "plans.json")
     (tmp_path / "plans.json").write_text('{"a": ')
-    with pytest.raises(PlansError, match="plans.json is not valid JSON"):
+    with pytest.raises(FileError, match="plans.json is not valid JSON"):
         read_json(tmp_path / "plans.json")

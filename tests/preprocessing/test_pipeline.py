@@ -15,8 +15,7 @@ from hypothesis import strategies as st
 from scipy import ndimage
 
 from panther_jax import preprocess
-from panther_jax.base.errors import StoreError
-from panther_jax.base.files import StoreWriteError
+from panther_jax.base.errors import StoreError, WriteError
 from panther_jax.images import splits
 from panther_jax.images.imageio import write_image, write_label
 from panther_jax.images.raw_dataset import Case, open_raw, read_case
@@ -536,7 +535,7 @@ def test_full_disk_is_one_clear_error(
 
     with monkeypatch.context() as patched:
         patched.setattr(store, "_write_array", full)
-        with pytest.raises(StoreWriteError, match="case_001.label.npy: the disk is full"):
+        with pytest.raises(WriteError, match="case_001.label.npy: the disk is full"):
             pipeline.preprocess(raw, make_plans(), out)
     assert store.stored_ids(out) == ("case_000",)
     assert not list(out.glob("*case_001*"))

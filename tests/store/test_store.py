@@ -11,8 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from panther_jax.base.errors import StoreError
-from panther_jax.base.files import StoreWriteError
+from panther_jax.base.errors import StoreError, WriteError
 from panther_jax.images.splits import make_splits, read_splits, write_splits
 from panther_jax.plans.architecture import ArchSpec
 from panther_jax.plans.geometry import Geometry, Properties
@@ -237,7 +236,7 @@ def test_failure_leaves_the_old_files_and_nothing_new(
             patched.setattr(np, "savez", fail)
         else:
             patched.setattr(os, "replace", fail)
-        with pytest.raises(StoreWriteError, match="the disk is full") as caught:
+        with pytest.raises(WriteError, match="the disk is full") as caught:
             store.write_stored(folder, make_case("new"))
     assert caught.value.errno == errno.ENOSPC
     assert files_of(folder) == before
