@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from panther_jax.base import command
+from panther_jax.config.schema import CHECKPOINTS
 from panther_jax.weights.from_run import make_bundle
 
 EXAMPLE = "python -m panther_jax.bundle --run data/runs/ct_pancreas --out data/weights/ct_pancreas"
@@ -19,7 +20,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--run", type=Path, required=True, help="work directory of a run")
     add("--out", type=Path, required=True, help="folder of the bundle")
     add("--folds", nargs="+", default=[], metavar="K", help="folds, numbers or all (default: each)")
-    add("--checkpoint", choices=("final", "best"), default="final", help="default: %(default)s")
+    add("--checkpoint", choices=CHECKPOINTS, default="final", help="default: %(default)s")
     add("--overwrite", action="store_true", help="replace the bundle if it exists")
     return parser
 

@@ -20,6 +20,7 @@ from panther_jax.base import command, workers
 from panther_jax.base.command import UsageError
 from panther_jax.base.console import Progress, table
 from panther_jax.base.files import move, read_object, scratch_folder, write_json
+from panther_jax.config.schema import CHECKPOINTS, CheckpointName
 from panther_jax.ensembles import selection
 from panther_jax.ensembles.selection import (
     Candidates,
@@ -32,7 +33,6 @@ from panther_jax.ensembles.specification import EnsembleSpec, MemberSpec, write_
 from panther_jax.evaluation import folds, metrics, statistics
 from panther_jax.evaluation.folds import (
     Candidate,
-    Checkpoint,
     Fold,
     common_cases,
     open_candidates,
@@ -59,7 +59,7 @@ EXAMPLE = (
 def complete_probabilities(
     candidates: Sequence[Candidate],
     case_ids: Sequence[str],
-    checkpoint: Checkpoint,
+    checkpoint: CheckpointName,
     *,
     store: Path | None = None,
 ) -> None:
@@ -97,7 +97,7 @@ def _store(fold: Fold, missing: Sequence[str], store: Path | None) -> Path:
     )
 
 
-def _compute(fold: Fold, case_ids: Sequence[str], checkpoint: Checkpoint, folder: Path) -> None:
+def _compute(fold: Fold, case_ids: Sequence[str], checkpoint: CheckpointName, folder: Path) -> None:
     from panther_jax.inference import sliding_window
     from panther_jax.network import unet
     from panther_jax.training import validation
@@ -258,7 +258,7 @@ def _class(candidate: Candidate, name: str) -> LabelValue:
 
 
 def ensemble_spec(
-    candidates: Sequence[Candidate], mixture: Mixture, checkpoint: Checkpoint
+    candidates: Sequence[Candidate], mixture: Mixture, checkpoint: CheckpointName
 ) -> EnsembleSpec:
     """The ensemble file's content: members predict as they were validated."""
     members = []
@@ -382,7 +382,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--weights", type=float, nargs="+", metavar="W", help="a weight a metric (default: 1)")
     add("--max-members", type=int, default=selection.MAX_MEMBERS, help="default: %(default)s")
     add("--label", help="class to score (default: the tumor)")
-    add("--checkpoint", choices=("final", "best"), default="final", help="default: %(default)s")
+    add("--checkpoint", choices=CHECKPOINTS, default="final", help="default: %(default)s")
     add("--splits", type=Path, help="splits_final.json, if runs do not know theirs")
     add("--store", type=Path, help="preprocessed cases, to compute missing probabilities from")
     add("--allow-missing", action="store_true", help="score on the cases that all have validated")

@@ -12,6 +12,7 @@ from panther_jax.base import command
 from panther_jax.base.command import UsageError
 from panther_jax.base.console import Progress
 from panther_jax.base.files import write_json
+from panther_jax.config.schema import CHECKPOINTS
 from panther_jax.evaluation import folds, scoring
 from panther_jax.evaluation.comparison import compare, comparison_text
 from panther_jax.evaluation.results import _read_evaluation, evaluation_text, write_evaluation
@@ -70,7 +71,7 @@ def _parser() -> argparse.ArgumentParser:
         choices=("geometric", "organisers"),
         help="organisers reproduces their swap of x and z; default: as the preset has it",
     )
-    add("--checkpoint", choices=("final", "best"), default="final", help="of runs (final)")
+    add("--checkpoint", choices=CHECKPOINTS, default="final", help="of runs (final)")
     add("--dataset-json", type=Path, help="label declaration, if it does not lie with the files")
     add("--allow-missing", action="store_true", help="leave out references without prediction")
     add("--workers", type=int, help="processes (default: by cases and cores, at most 8)")

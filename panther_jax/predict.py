@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from panther_jax.base import command
+from panther_jax.config.schema import CHECKPOINTS
 from panther_jax.ensembles.specification import read_ensemble
 from panther_jax.inference.folder import PredictError, predict_folder
 from panther_jax.inference.loading import DTYPES, STRATEGIES, load, predict
@@ -39,7 +40,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--input", type=Path, required=True, help="image, or folder of CASE_0000.nii.gz files")
     add("--output", type=Path, required=True, help="folder; or a file, for one image")
     add("--folds", nargs="+", metavar="K", help="folds, numbers or all (default: all there are)")
-    add("--checkpoint", choices=("final", "best"), help="which of each fold (default: final)")
+    add("--checkpoint", choices=CHECKPOINTS, help="which of each fold (default: final)")
     add("--mirror", action="store_true", help="average over mirrored images (slower: 8 times)")
     add("--step-size", type=float, metavar="S", help="tile step, a part of the tile (default: 0.5)")
     add("--strategy", choices=STRATEGIES, default="auto", help="how folds run (default: auto)")

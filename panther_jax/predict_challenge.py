@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from panther_jax.base import command
+from panther_jax.config.schema import CHECKPOINTS
 from panther_jax.ensembles.specification import read_ensemble
 from panther_jax.evaluation.metrics import TUMOR_NAMES
 from panther_jax.images.imageio import read_image
@@ -64,7 +65,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--input", type=Path, default=Path("/input"), help="default: %(default)s")
     add("--output", type=Path, default=Path("/output"), help="default: %(default)s")
     add("--folds", nargs="+", metavar="K", help="default: all that are there, in general 0 to 4")
-    add("--checkpoint", choices=("final", "best"),
+    add("--checkpoint", choices=CHECKPOINTS,
         help="default: final for t1, best for t2; of a known name the published one")  # fmt: skip
     add("--step-size", type=float, metavar="S", help="tile step, part of a tile (default: 0.5)")
     add("--mirror", action="store_true", help="average over mirrored images, 8 times the work")

@@ -34,6 +34,7 @@ from panther_jax.reporting.pictures import plot_progress
 from panther_jax.store.folds import fold_cases
 from panther_jax.store.store import Store
 from panther_jax.training import feeding, launch, losses, optim, provenance, sampling, signals
+from panther_jax.training.options import Fold
 from panther_jax.training.records import (
     Clock,
     MetricsFile,
@@ -58,7 +59,6 @@ from panther_jax.weights.transfer import transfer
 
 LOGGER = logging.getLogger("panther_jax")
 WAIT_SHARE_HINT = 0.10
-Fold = int | Literal["all"]
 
 
 class TrainingError(PantherError, RuntimeError):

@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -31,7 +32,7 @@ JAX_FREE = (
     "training.signals", "training.provenance", "panther.chain", "panther.archives",
     "panther.configurations", "panther.roi", "panther.runner", "panther.recipe",
 )  # fmt: skip
-LAZY = {"SimpleITK", "grain", "tyro", "matplotlib", "skimage", "orbax", "safetensors", "rich"}
+LAZY = {"SimpleITK", "grain", "tyro", "matplotlib", "PIL", "orbax", "safetensors"}
 
 
 def module_name(path):
@@ -159,6 +160,17 @@ def test_every_error_class_derives_from_the_one_base():
         derived |= {name for name, above in bases if above & derived}
     own = {n for n in errors - builtin if not n.startswith("_")}
     assert len(own) > 20 and own <= derived, own - derived
+
+
+MODULE_OF = {"orbax-checkpoint": "orbax", "dm-pix": "dm_pix", "pillow": "PIL"}
+
+
+def test_every_declared_dependency_is_imported():
+    declared = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
+    names = {re.match(r"[\w-]+", line)[0] for line in declared}
+    imported = {i.partition(".")[0] for p in ALL_CODE for i in imports(parsed(p))}
+    unused = {n for n in names if MODULE_OF.get(n, n) not in imported}
+    assert len(names) > 10 and not unused
 
 
 def test_files_are_replaced_in_one_place():

@@ -1,5 +1,6 @@
 """Post-processing equals the reference: components, the search for them, the pancreas filter."""
 
+import ast
 import json
 import re
 
@@ -7,7 +8,6 @@ import numpy as np
 import pytest
 from scipy import ndimage
 
-from panther_jax.evaluation import metrics
 from panther_jax.evaluation.components import filter_components, flat_labels, keep_largest_component
 from panther_jax.evaluation.postprocessing import (
     PostprocessError,
@@ -54,7 +54,7 @@ def test_golden_components(golden):
 def test_golden_search(golden, tmp_path):
     folder = golden / "inference" / "postprocessing"
     expected = json.loads((folder / "pred" / "postprocessing.json").read_text())
-    classes = [metrics.parse_class_key(k) for k in expected["input_folder"]["mean"]]
+    classes = [ast.literal_eval(k) for k in expected["input_folder"]["mean"]]
     files = sorted((folder / "pred").glob("*.nii.gz"))
     search = determine_postprocessing(files, folder / "ref", classes=classes)
     found = json.loads(json.dumps(search.to_json()))

@@ -1,6 +1,8 @@
 """Spawned worker processes, a case each: broken data are collected, a death is named at once.
 
 No fork: JAX is multi-threaded (spec 07 §7.6). The functions that workers run must not import JAX.
+Not concurrent.futures: when a process dies its executor fails every pending case alike and tells
+neither which case nor what exit code, and before Python 3.14 nothing public ends a busy worker.
 """
 
 import contextlib

@@ -30,6 +30,7 @@ POLICIES = Registry(
 )
 """Names of augmentation policies; `augment.recipes` holds those of the package."""
 CheckpointName = Literal["final", "best"]
+CHECKPOINTS: tuple[CheckpointName, ...] = typing.get_args(CheckpointName)
 
 
 class ConfigError(PantherError, ValueError):
@@ -263,7 +264,7 @@ class InitConfig:
 class ValidationConfig:
     """Validation after training: whole cases by sliding window, through the code that predicts."""
 
-    checkpoints: tuple[CheckpointName, ...] = ("final", "best")
+    checkpoints: tuple[CheckpointName, ...] = CHECKPOINTS
     """Checkpoints to validate, each into its own folder."""
     mirror: bool = True
     """Average over all mirrored variants (the reference's value for validation)."""

@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 from jaxtyping import Float, Integer
@@ -147,12 +146,6 @@ def make_combination(spec: EnsembleSpec, members: Sequence[Labels]) -> Combinati
         kind = "regions" if canonical.has_regions else "argmax"
         raise EnsembleError(f"'decision' is {decision.kind!r}; these members need {kind!r}")
     return Combination(canonical, tuple(classes), tuple(columns), tuple(weights), decision)
-
-
-def equal_weights(names: Sequence[str], labels: Labels) -> Combination:
-    """The plain mean of members with the same labels (spec 05 §9)."""
-    spec = EnsembleSpec(tuple(MemberSpec(name, Path(name)) for name in names))
-    return make_combination(spec, [labels] * len(names))
 
 
 def _first_labels(spec: EnsembleSpec, members: Sequence[Labels]) -> Labels:

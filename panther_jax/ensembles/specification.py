@@ -9,9 +9,9 @@ from typing import Any, Literal
 
 from panther_jax.base.errors import PantherError, PlansError
 from panther_jax.base.files import read_json, write_json
+from panther_jax.config.schema import CHECKPOINTS, CheckpointName
 from panther_jax.plans.labels import Labels
 
-CHECKPOINTS = ("final", "best")
 COMBINE = ("probabilities", "logits")
 MEMBER_KEYS = (
     "name", "model", "configuration", "folds", "checkpoint", "weight", "class_weights",
@@ -39,7 +39,7 @@ class MemberSpec:
     model: Path
     configuration: str | None = None
     folds: tuple[str, ...] = ()
-    checkpoint: Literal["final", "best"] = "final"
+    checkpoint: CheckpointName = "final"
     weight: float = 1.0
     class_weights: tuple[tuple[str, float], ...] | None = None
     mirror_axes: MirrorAxes = ()

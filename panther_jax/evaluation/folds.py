@@ -18,7 +18,7 @@ import numpy as np
 
 from panther_jax.base.errors import PantherError
 from panther_jax.base.files import read_object
-from panther_jax.config.schema import ValidationConfig
+from panther_jax.config.schema import CheckpointName, ValidationConfig
 from panther_jax.images.raw_dataset import SUPPORTED_ENDINGS
 from panther_jax.images.splits import SPLITS, read_splits
 from panther_jax.plans.labels import Labels
@@ -26,7 +26,6 @@ from panther_jax.store.folds import fold_cases
 from panther_jax.store.store import open_store
 
 LOGGER = logging.getLogger("panther_jax")
-Checkpoint = Literal["final", "best"]
 MAX_LISTED = 20
 SUMMARY, RUN = "summary.json", "run.json"
 ARRAY = "probabilities"  # name in the npz file, nnU-Net's
@@ -120,7 +119,7 @@ def read_labels(path: Path | None) -> Labels | None:
 # --------------------------------------------------------------------------------------- folds
 
 
-def find_folds(paths: Sequence[Path], checkpoint: Checkpoint = "final") -> tuple[Fold, ...]:
+def find_folds(paths: Sequence[Path], checkpoint: CheckpointName = "final") -> tuple[Fold, ...]:
     """The folds of one run, given as its folder or as its fold folders; sorted by number.
 
     Raises:
@@ -170,7 +169,7 @@ def _order(name: str) -> tuple[int, str]:
     return (int(number[1]) if number else 10**9, name)
 
 
-def _fold(folder: Path, checkpoint: Checkpoint) -> Fold:
+def _fold(folder: Path, checkpoint: CheckpointName) -> Fold:
     validation = validation_folder(folder, checkpoint)
     files, twice = label_files(validation)
     if twice:
@@ -178,7 +177,7 @@ def _fold(folder: Path, checkpoint: Checkpoint) -> Fold:
     return Fold(folder.name, folder, validation, files, _summary_references(validation))
 
 
-def validation_folder(folder: Path, checkpoint: Checkpoint) -> Path:
+def validation_folder(folder: Path, checkpoint: CheckpointName) -> Path:
     """The folder in which a fold's validation with a checkpoint lies (spec 06 §5.1).
 
     nnU-Net's ``validation`` is the final checkpoint's, unless ``validation_final`` stands beside.
@@ -322,7 +321,7 @@ class Candidate:
 
 
 def open_candidates(
-    runs: Sequence[Path], checkpoint: Checkpoint = "final", *, splits: Path | None = None
+    runs: Sequence[Path], checkpoint: CheckpointName = "final", *, splits: Path | None = None
 ) -> tuple[Candidate, ...]:
     """Read runs, and make sure that no fold validated what it was trained on.
 

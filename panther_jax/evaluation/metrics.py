@@ -391,14 +391,6 @@ def class_key(value: LabelValue) -> str:
     return str(value)
 
 
-def parse_class_key(key: str) -> LabelValue:
-    """Inverse of :func:`class_key`."""
-    try:
-        return int(key)
-    except ValueError:
-        return tuple(int(part) for part in key.strip("() ").split(",") if part.strip())
-
-
 def label_counts(
     reference: Integer[np.ndarray, "..."],
     prediction: Integer[np.ndarray, "..."],

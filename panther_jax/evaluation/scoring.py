@@ -17,9 +17,9 @@ from typing import Any
 import panther_jax
 from panther_jax.base import workers
 from panther_jax.base.errors import PantherError
+from panther_jax.config.schema import CheckpointName
 from panther_jax.evaluation import metrics, statistics
 from panther_jax.evaluation.folds import (
-    Checkpoint,
     find_dataset_json,
     find_folds,
     label_files,
@@ -346,7 +346,7 @@ def evaluate_runs(
     runs: Sequence[Path],
     *,
     references: Path | None = None,
-    checkpoint: Checkpoint = "final",
+    checkpoint: CheckpointName = "final",
     scoring: Scoring | None = None,
     num_workers: int | None = None,
     progress: Progress | None = None,

@@ -116,21 +116,6 @@ def scan_raw(folder: Path) -> tuple[RawDataset, Problems]:
     return RawDataset(folder, dataset, labels, cases), problems
 
 
-def find_images(folder: Path, file_ending: str, num_channels: int) -> tuple[RawCase, ...]:
-    """List the cases of a folder of images to predict, named ``CASE_0000`` + ending, by id.
-
-    Raises:
-        FileNotFoundError: if the folder is missing.
-        DatasetError: if it holds no case, a name without channel number, or a case lacks a channel.
-    """
-    cases, problems = _scan(Path(folder), file_ending, None)
-    problems |= _case_problems(cases, num_channels)
-    if not cases and not problems:
-        problems = {"folder": (f"no file ends with {file_ending!r}",)}
-    _raise_all(problems, f"{folder}: images to predict")
-    return cases
-
-
 def read_case(raw_case: RawCase, labels: Labels) -> Case:
     """Read a case's channels and, where it has one, its label map; check that they fit.
 

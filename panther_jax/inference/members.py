@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from panther_jax.config.schema import CheckpointName
 from panther_jax.ensembles.combination import Combination, make_combination
 from panther_jax.ensembles.specification import EnsembleError, EnsembleSpec, MemberSpec
 from panther_jax.plans.labels import Labels
-from panther_jax.weights.models import Choice, Model, ModelError, load_model
+from panther_jax.weights.models import Model, ModelError, load_model
 
 LOGGER = logging.getLogger("panther_jax")
 
@@ -53,7 +54,7 @@ def load_models(
     paths: Sequence[Path],
     *,
     folds: Sequence[str] = (),
-    checkpoint: Choice = "final",
+    checkpoint: CheckpointName = "final",
     mirror: bool = False,
     step_size: float = 0.5,
 ) -> Ensemble:

@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, Integer, Num
-from scipy import ndimage
 
 from panther_jax.plans.geometry import Geometry
 
@@ -67,17 +66,6 @@ def _onto(
         source.GetPixelID(),
     )
     return sitk.GetArrayFromImage(found)
-
-
-def zoom_nearest(
-    mask: Integer[np.ndarray, "z y x"], shape_zyx: tuple[int, ...]
-) -> Integer[np.ndarray, "new_z new_y new_x"]:
-    """Enlarge by nearest neighbour, first and last voxels aligned, as the organisers do (§13.2).
-
-    It ignores geometry and so is for parity; :func:`resample_mask_onto` is right.
-    """
-    factors = [new / old for new, old in zip(shape_zyx, mask.shape, strict=True)]
-    return np.asarray(ndimage.zoom(mask, factors, order=0))
 
 
 def region_of_interest(

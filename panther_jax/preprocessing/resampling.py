@@ -18,7 +18,7 @@ from jaxtyping import Float, Shaped
 from panther_jax.plans.plans import Resampler
 
 if TYPE_CHECKING:
-    import jax
+    pass
 
 Kind = Literal["spline0", "spline1", "spline3", "torch_linear", "torch_nearest_exact"]
 Operators = tuple[np.ndarray | None, ...]
@@ -249,25 +249,6 @@ def _apply_into(
     for axis in others:
         result = _apply_axis(result, operators[axis], axis)  # type: ignore[arg-type]
     _apply_axis(result, operators[last], last, target=target, limits=limits)  # type: ignore[arg-type]
-
-
-def apply_on_device(
-    array: "Shaped[jax.Array, '...']",
-    operators: Sequence[Any],
-    *,
-    first_axis: int = 0,
-) -> "Shaped[jax.Array, '...']":
-    """Apply operator i to axis ``first_axis + i`` (None: unchanged) in float32; may be jitted."""
-    import jax
-    import jax.numpy as jnp
-
-    result = jnp.asarray(array, jnp.float32)
-    numbered = [(first_axis + i, o) for i, o in enumerate(operators) if o is not None]
-    for axis, operator in sorted(numbered, key=lambda item: item[1].shape[0] / item[1].shape[1]):
-        table = jnp.asarray(operator, jnp.float32)
-        product = jnp.tensordot(table, result, (1, axis), precision=jax.lax.Precision.HIGHEST)
-        result = jnp.moveaxis(product, 0, axis)
-    return result
 
 
 def _apply_axis(

@@ -1,8 +1,7 @@
 """Pictures of a run: its curves, and its predictions over the images."""
 
+import io
 import itertools
-import struct
-import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -215,17 +214,11 @@ def outline_path(mask: Bool[np.ndarray, "y x"]) -> str:
 
 def grey_png(pixels: Shaped[np.ndarray, "y x"]) -> bytes:
     """An 8-bit grey image as PNG."""
-    height, width = pixels.shape
-    rows = np.zeros((height, width + 1), np.uint8)  # each row begins with its filter, 0
-    rows[:, 1:] = pixels
+    from PIL import Image
 
-    def chunk(kind: bytes, data: bytes) -> bytes:
-        check = struct.pack(">I", zlib.crc32(kind + data))
-        return struct.pack(">I", len(data)) + kind + data + check
-
-    header = struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)
-    body = chunk(b"IDAT", zlib.compress(rows.tobytes(), 9))
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + body + chunk(b"IEND", b"")
+    file = io.BytesIO()
+    Image.fromarray(np.ascontiguousarray(pixels, np.uint8)).save(file, "PNG", optimize=True)
+    return file.getvalue()
 
 
 def _turned(axes: tuple[int, ...], flipped: tuple[bool, ...]) -> Callable[[Any], Any]:

@@ -13,13 +13,13 @@ from typing import Any, Literal
 
 from panther_jax.base.command import UsageError
 from panther_jax.base.files import read_json
+from panther_jax.config.schema import CHECKPOINTS
 from panther_jax.evaluation.folds import file_ending
 from panther_jax.evaluation.metrics import PANTHER_METRICS, class_key, scored_label
 from panther_jax.images.splits import SPLITS, read_splits
 from panther_jax.plans.labels import Labels
 from panther_jax.store.layout import REFERENCES
 
-CHECKPOINTS = ("final", "best")
 VOLUMES = ("gt_volume", "pred_volume")
 MAX_LISTED = 10
 

@@ -1,8 +1,6 @@
 """A bundle: weights of all folds with plans, labels and provenance."""
 
 import hashlib
-import json
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -82,34 +80,12 @@ def save_bundle(
 
 
 def _write_safetensors(path: Path, tree: Params) -> str:
-    """Write one tensor after the other and return the SHA-256 of the file.
+    """Write the tensors of one fold and return the SHA-256 of the file."""
+    from safetensors.numpy import save_file
 
-    The library's writer copies all tensors first; here one is in memory at a time, so that views of
-    a mapped file can be written whatever their sum.
-    """
-    leaves = {"/".join(p): leaf for p, leaf in walk(tree)}
-    header: dict[str, Any] = {}
-    offset = 0
-    for name, leaf in leaves.items():
-        end = offset + 4 * math.prod(leaf.shape)
-        header[name] = {
-            "dtype": "F32",
-            "shape": list(leaf.shape),
-            "data_offsets": [offset, end],
-        }
-        offset = end
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    digest = hashlib.sha256()
-    with path.open("wb") as file:
-        for part in (len(text).to_bytes(8, "little"), text):
-            file.write(part)
-            digest.update(part)
-        for leaf in leaves.values():
-            data = np.ascontiguousarray(leaf, "<f4").reshape(-1).view(np.uint8).data
-            file.write(data)
-            digest.update(data)
-    return digest.hexdigest()
+    # contiguous views of a mapped file are written from it; others are copied, one fold at a time
+    save_file({"/".join(p): np.ascontiguousarray(leaf, "<f4") for p, leaf in walk(tree)}, path)
+    return _sha256(path)
 
 
 def load_bundle(folder: Path) -> ModelBundle:

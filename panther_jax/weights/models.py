@@ -6,12 +6,13 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
 from panther_jax.base.errors import PantherError
 from panther_jax.base.files import read_object
+from panther_jax.config.schema import CheckpointName
 from panther_jax.network.unet import Params, param_shapes, walk
 from panther_jax.plans.labels import Labels
 from panther_jax.plans.plans import Plans
@@ -20,7 +21,6 @@ from panther_jax.weights.checkpoint import Checkpoints
 from panther_jax.weights.from_run import run_mirror_axes
 
 LOGGER = logging.getLogger("panther_jax")
-Choice = Literal["final", "best"]
 CHECKPOINT_FILES: Mapping[str, str] = {
     "final": "checkpoint_final.pth",
     "best": "checkpoint_best.pth",
@@ -58,7 +58,7 @@ def load_model(
     path: Path,
     *,
     folds: Sequence[str] = (),
-    checkpoint: Choice = "final",
+    checkpoint: CheckpointName = "final",
     configuration: str | None = None,
     name: str | None = None,
 ) -> Model:
@@ -103,7 +103,7 @@ def load_model(
 # ------------------------------------------------------------------------------------------ runs
 
 
-def _load_run(folder: Path, folds: Sequence[str], checkpoint: Choice) -> Model:
+def _load_run(folder: Path, folds: Sequence[str], checkpoint: CheckpointName) -> Model:
     plans_json, dataset = read_object(folder / "plans.json"), read_object(folder / "dataset.json")
     plans = Plans.from_nnunet(plans_json, dataset)
     present = {
@@ -153,7 +153,7 @@ def _require_fit(params: Params, plans: Plans, where: Path) -> None:
 # ----------------------------------------------------------------------------- bundles, nnU-Net
 
 
-def _load_bundle(folder: Path, folds: Sequence[str], checkpoint: Choice) -> Model:
+def _load_bundle(folder: Path, folds: Sequence[str], checkpoint: CheckpointName) -> Model:
     bundle = load_bundle(folder)
     bundle.require_complete(f"predict with {folder}")
     if checkpoint != "final":
@@ -179,7 +179,7 @@ def _choose(folder: Path, present: Sequence[str], wanted: Sequence[str]) -> tupl
 
 
 def _load_nnunet(
-    folder: Path, folds: Sequence[str], checkpoint: Choice, configuration: str | None
+    folder: Path, folds: Sequence[str], checkpoint: CheckpointName, configuration: str | None
 ) -> Model:
     if importlib.util.find_spec("torch") is None:
         raise ModuleNotFoundError(

@@ -58,7 +58,8 @@ def test_means_equal_the_reference(golden, kind):
         count = int(key.rsplit("_", 1)[1])
         mean = expected[key]
         labels = labels_of(golden, kind, mean.shape[0])
-        joined = combination.equal_weights([str(i) for i in range(count)], labels)
+        spec = EnsembleSpec(tuple(MemberSpec(str(i), Path(str(i))) for i in range(count)))
+        joined = combination.make_combination(spec, [labels] * count)
         found = joined.combine(parts[:count])
         np.testing.assert_allclose(found, mean, atol=1e-6, rtol=0)  # README
         np.testing.assert_array_equal(joined.normalised(found), found)

@@ -11,7 +11,6 @@ from panther_jax.panther.roi import (
     region_of_interest,
     resample,
     resample_mask_onto,
-    zoom_nearest,
 )
 from panther_jax.plans.geometry import Geometry
 
@@ -44,16 +43,6 @@ def test_golden_region_of_interest(golden):
     assert box == ((z_start, z_stop), (y_start, y_stop), (x_start, x_stop))
     cut, _ = crop(image[None], geometry, box)
     assert cut.shape[1:] == tuple(arrays["roi_cropped_shape_zyx"])
-
-
-@pytest.mark.golden
-def test_golden_nearest_zoom(golden):
-    arrays = np.load(golden / "inference" / "baseline_helpers.npz")
-    names = [k for k in arrays.files if k.startswith("upsample_out")]
-    assert names
-    for name in names:
-        found = zoom_nearest(arrays["upsample_in"], arrays[name].shape)
-        np.testing.assert_array_equal(found, arrays[name], err_msg=name)
 
 
 ROTATED = (0.0, -1.0, 0.0, 1.0, 0.0, 0.0, 0.0, 0.0, 1.0)

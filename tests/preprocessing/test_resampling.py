@@ -13,7 +13,6 @@ from scipy import ndimage
 from panther_jax.plans.plans import Resampler
 from panther_jax.preprocessing.label_resampling import resample_label
 from panther_jax.preprocessing.resampling import (
-    apply_on_device,
     apply_operators,
     axis_operator,
     image_operators,
@@ -208,21 +207,6 @@ def test_dtypes() -> None:
     logits = np.random.default_rng(3).standard_normal((2, 4, 5, 6)).astype(np.float16)
     assert resample_logits(logits, (5, 5, 7), LINEAR, **ISOTROPIC).dtype == np.float16
     assert resample_logits(logits, (5, 5, 7), TORCH_ANY, **ISOTROPIC).dtype == np.float32
-
-
-def test_device_gives_what_the_host_gives() -> None:
-    import jax
-
-    image = np.random.default_rng(4).standard_normal((6, 9, 8)).astype(np.float32)
-    tables = image_operators(image.shape, (11, 9, 5), LINEAR, **ISOTROPIC)
-    assert tables[1] is None
-    expected = apply_operators(image, tables)
-    # 1e-6: float32 against float64
-    np.testing.assert_allclose(apply_on_device(image, tables), expected, rtol=0, atol=1e-6)
-    channels_last = np.stack([image, 2 * image], axis=-1)
-    jitted = jax.jit(lambda a, z, x: apply_on_device(a, (z, None, x)))
-    found = np.asarray(jitted(channels_last, tables[0], tables[2]))
-    np.testing.assert_allclose(found[..., 1], 2 * expected, rtol=0, atol=2e-6)
 
 
 # --------------------------------------------------------------------------------- label maps
