@@ -37,6 +37,8 @@ LEVELS = (
         "strategies",
     ),
     ("members", "cases", "prediction"),
+    ("images.dicom_files", "images.dicom_series", "images.outlines", "images.dicom_objects"),
+    ("images.dicom_seg", "images.rtstruct", "images.dicom_tasks"),
     ("steps", "streams", "validation", "runs", "cascade"),
     ("statistics", "crossval", "scoring", "selection"),
     ("reporting.charts", "reporting.page", "reporting.records", "reporting.overlays"),
@@ -52,10 +54,14 @@ JAX_FREE = (
     "panther_plans", "planning", "completeness", "checksums", "converters", "phantom", "datasets",
     "resampling", "label_resampling", "runs", "combination", "postprocess", "statistics",
     "crossval", "scoring", "selection", "recipe", "cascade", "stages", "roi", "tiles", "export",
-    "cases", "predict", "evaluate", "report",
+    "cases", "predict", "evaluate", "report", "images.dicom_series", "images.dicom_seg",
+    "images.rtstruct", "images.dicom_tasks",
 )  # fmt: skip
 FLAX_FREE = ("batches", "resident", "inference", "losses", "optim", "augment.policies")
-LAZY = {"SimpleITK", "grain", "tyro", "matplotlib", "skimage", "orbax", "safetensors", "rich"}
+LAZY = {
+    "SimpleITK", "grain", "tyro", "matplotlib", "skimage", "orbax", "safetensors", "rich",
+    "pydicom", "highdicom",
+}  # fmt: skip
 
 
 def module_name(path):
@@ -107,7 +113,7 @@ def run_python(code):
 
 
 def test_jax_free_modules_do_not_load_jax():
-    present = [n for n in JAX_FREE if (PACKAGE / f"{n}.py").is_file()]
+    present = [n for n in JAX_FREE if (PACKAGE / f"{n.replace('.', '/')}.py").is_file()]
     lines = [f"import panther_jax.{n}" for n in present]
     done = run_python("\n".join([*lines, "import sys", "print('jax' in sys.modules)"]))
     assert done.stdout.strip() == "False", done.stderr
