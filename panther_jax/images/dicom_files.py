@@ -9,6 +9,7 @@ name after patients: names and numbers of patients stay where they are.
 import contextlib
 import os
 import tempfile
+import threading
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -21,6 +22,7 @@ from jaxtyping import Float32
 from panther_jax.imageio import DatasetError
 
 MODALITIES = ("CT", "MR", "PT")
+ONE_AT_A_TIME = threading.RLock()
 PREAMBLE_BYTES, MAGIC = 128, b"DICM"
 ENHANCED = {
     "1.2.840.10008.5.1.4.1.1.2.1": "Enhanced CT",
@@ -122,8 +124,13 @@ def pydicom() -> Any:
 
 @contextlib.contextmanager
 def silently() -> Iterator[None]:
-    """Keep pydicom's warnings back: they quote values of the headers."""
-    with warnings.catch_warnings():
+    """Keep pydicom's and highdicom's warnings back: they quote values of the headers."""
+    # both settings are the process's: of two threads the one that ends last would leave its own
+    with (
+        ONE_AT_A_TIME,
+        warnings.catch_warnings(),
+        pydicom().config.disable_value_validation(),
+    ):
         warnings.simplefilter("ignore")
         yield
 
