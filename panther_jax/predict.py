@@ -23,6 +23,8 @@ import panther_jax
 from panther_jax import command, imageio
 from panther_jax.cases import Task, find_tasks
 from panther_jax.combination import EnsembleSpec, read_ensemble
+from panther_jax.images import dicom_tasks
+from panther_jax.images.dicom_tasks import DicomOptions
 from panther_jax.log import Progress, duration, write_json
 from panther_jax.plans import Geometry, read_object
 
@@ -171,7 +173,7 @@ def predict_cases(
 
 def _is_done(task: Task, save_probabilities: bool) -> bool:
     beside = task.output.parent / f"{task.stem}.npz"
-    return task.output.is_file() and (not save_probabilities or beside.is_file())
+    return task.is_done and (not save_probabilities or beside.is_file())
 
 
 def _ahead(
@@ -190,7 +192,7 @@ def _ahead(
 def _prepare(predictor: "CasePredictor", task: Task) -> _Staged:
     try:
         start = time.monotonic()
-        image, geometry = imageio.read_image(task.case.images)
+        image, geometry = task.read()
         read = time.monotonic()
         case = predictor.prepare(image, geometry)
     except CASE_ERRORS as error:
@@ -236,7 +238,7 @@ def _export(predictor: "CasePredictor", inferred: _Staged, save_probabilities: b
             export.save_probabilities(
                 task.output.parent, task.stem, found.probabilities, found.properties
             )
-        imageio.write_label(task.output, found.label, found.geometry)  # last: it says "done"
+        task.write(found.label, found.geometry)  # last: it says "done"
     except CASE_ERRORS as error:
         return dataclasses.replace(inferred, value=None, error=error)
     seconds = {"export": finished - start, "write": time.monotonic() - finished}
@@ -279,23 +281,19 @@ def predict_folder(
     *,
     save_probabilities: bool = False,
     overwrite: bool = False,
+    dicom: DicomOptions | None = None,
 ) -> Report:
     """Predict an image, or a folder of them, to ``output``: a folder, or a file for one image.
 
-    Beside label maps in a folder go ``dataset.json``, ``plans.json``, ``predict_args.json`` (what
-    predicted) and ``predict.json`` (seconds by case and step, and failures).
+    A source of DICOM files is predicted series by series, as ``dicom`` says. Beside label maps in a
+    folder go ``dataset.json``, ``plans.json``, ``predict_args.json`` (what predicted) and
+    ``predict.json`` (seconds by case and step, and failures).
 
     Raises:
         FileNotFoundError, DatasetError: if there is nothing to predict.
         PredictError: if the output cannot be written, or holds predictions made otherwise.
     """
-    model = predictor.ensemble.members[0].model
-    tasks = find_tasks(
-        source,
-        output,
-        num_channels=model.num_channels,
-        file_ending=str(model.dataset.get("file_ending", ".nii.gz")),
-    )
+    tasks = _find_tasks(predictor, source, output, dicom)
     folder = tasks[0].output.parent
     _require_writable(folder)
     if folder == output:
@@ -314,6 +312,26 @@ def predict_folder(
         duration(time.monotonic() - start),
     )
     return report
+
+
+def _find_tasks(
+    predictor: "CasePredictor", source: Path, output: Path, dicom: DicomOptions | None
+) -> Sequence[Task]:
+    model = predictor.ensemble.members[0].model
+    if dicom is None and not dicom_tasks.holds_dicom(source):
+        ending = str(model.dataset.get("file_ending", ".nii.gz"))
+        return find_tasks(source, output, num_channels=model.num_channels, file_ending=ending)
+    from panther_jax.checkpoint import params_sha256
+
+    members = predictor.ensemble.members
+    checksums = [params_sha256(params) for m in members for params in m.model.params]
+    by = dicom_tasks.describe_model([m.model.name for m in members], checksums)
+    options = dicom or DicomOptions()
+    writing = dicom_tasks.Writing(predictor.labels, by, options.formats, options.anonymous)
+    channels = model.num_channels
+    return dicom_tasks.find_tasks(
+        source, output, writing, wanted=options.series, num_channels=channels
+    )
 
 
 def _require_writable(folder: Path) -> None:
@@ -368,8 +386,15 @@ def _parser() -> argparse.ArgumentParser:
         help="run, bundle or nnU-Net model folder; several: mean of their probabilities",
     )  # fmt: skip
     what.add_argument("--ensemble", type=Path, metavar="SPEC.json", help="ensemble file")
-    add("--input", type=Path, required=True, help="image, or folder of CASE_0000.nii.gz files")
-    add("--output", type=Path, required=True, help="folder; or a file, for one image")
+    what.add_argument("--list-series", action="store_true", help="list the DICOM series, and stop")
+    add("--input", type=Path, required=True,
+        help="image, folder of CASE_0000.nii.gz files, or of DICOM files")  # fmt: skip
+    add("--output", type=Path, help="folder; or a file, for one image")
+    add("--series", nargs="+", default=[], metavar="UID",
+        help="DICOM series, by UID, number or code (default: all)")  # fmt: skip
+    add("--format", nargs="+", choices=dicom_tasks.FORMATS, default=[],
+        help="of what is written for DICOM series (default: nifti)")  # fmt: skip
+    add("--anonymous", action="store_true", help="no patient's identity in the DICOM written")
     add("--folds", nargs="+", metavar="K", help="folds, numbers or all (default: all there are)")
     add("--checkpoint", choices=("final", "best"), help="which of each fold (default: final)")
     add("--mirror", action="store_true", help="average over mirrored images (slower: 8 times)")
@@ -395,6 +420,8 @@ def _checked(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> 
     if arguments.ensemble is not None and given:
         options = ", ".join(f"--{n.replace('_', '-')}" for n in given)
         parser.error(f"{options}: with --ensemble, its file says so for each member")
+    if arguments.output is None and not arguments.list_series:
+        parser.error("the following arguments are required: --output")
     if arguments.step_size is not None and not 0 < arguments.step_size <= 1:
         parser.error(f"--step-size must be in (0, 1], found {arguments.step_size}")
     if arguments.tile_batch is not None and arguments.tile_batch < 1:
@@ -403,8 +430,18 @@ def _checked(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> 
         parser.error("--accumulate reference sums up each fold on its own: --strategy loop")
 
 
+def _dicom_options(arguments: argparse.Namespace) -> DicomOptions | None:
+    if not (arguments.series or arguments.format or arguments.anonymous):
+        return None
+    formats = tuple(dict.fromkeys(arguments.format)) or ("nifti",)
+    return DicomOptions(tuple(arguments.series), formats, arguments.anonymous)
+
+
 def _run(arguments: argparse.Namespace) -> str:
     from panther_jax import devices
+
+    if arguments.list_series:
+        return dicom_tasks.list_series(arguments.input)
 
     devices.use_compilation_cache()
     if arguments.ensemble is not None:
@@ -431,6 +468,7 @@ def _run(arguments: argparse.Namespace) -> str:
         arguments.output,
         save_probabilities=arguments.save_probabilities,
         overwrite=arguments.overwrite,
+        dicom=_dicom_options(arguments),
     )
     if report.failed:
         listed = "\n".join(f"case {name}: {text}" for name, text in sorted(report.failed.items()))
