@@ -9,6 +9,8 @@ from typing import Any
 from panther_jax.base import command
 from panther_jax.config.schema import CHECKPOINTS
 from panther_jax.ensembles.specification import read_ensemble
+from panther_jax.images import dicom_tasks
+from panther_jax.images.dicom_tasks import DicomOptions
 from panther_jax.inference.folder import PredictError, predict_folder
 from panther_jax.inference.loading import DTYPES, STRATEGIES, load, predict
 from panther_jax.weights.names import published_checkpoint, resolve_model
@@ -37,8 +39,15 @@ def _parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     what.add_argument("--ensemble", type=Path, metavar="SPEC.json", help="ensemble file")
     add("--root", type=Path, default=Path("data"), help="where known names are (default: data)")
-    add("--input", type=Path, required=True, help="image, or folder of CASE_0000.nii.gz files")
-    add("--output", type=Path, required=True, help="folder; or a file, for one image")
+    what.add_argument("--list-series", action="store_true", help="list the DICOM series, and stop")
+    add("--input", type=Path, required=True,
+        help="image, folder of CASE_0000.nii.gz files, or of DICOM files")  # fmt: skip
+    add("--output", type=Path, help="folder; or a file, for one image")
+    add("--series", nargs="+", default=[], metavar="UID",
+        help="DICOM series, by UID, number or code (default: all)")  # fmt: skip
+    add("--format", nargs="+", choices=dicom_tasks.FORMATS, default=[],
+        help="of what is written for DICOM series (default: nifti)")  # fmt: skip
+    add("--anonymous", action="store_true", help="no patient's identity in the DICOM written")
     add("--folds", nargs="+", metavar="K", help="folds, numbers or all (default: all there are)")
     add("--checkpoint", choices=CHECKPOINTS, help="which of each fold (default: final)")
     add("--mirror", action="store_true", help="average over mirrored images (slower: 8 times)")
@@ -64,6 +73,8 @@ def _checked(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> 
     if arguments.ensemble is not None and given:
         options = ", ".join(f"--{n.replace('_', '-')}" for n in given)
         parser.error(f"{options}: with --ensemble, its file says so for each member")
+    if arguments.output is None and not arguments.list_series:
+        parser.error("the following arguments are required: --output")
     if arguments.step_size is not None and not 0 < arguments.step_size <= 1:
         parser.error(f"--step-size must be in (0, 1], found {arguments.step_size}")
     if arguments.tile_batch is not None and arguments.tile_batch < 1:
@@ -72,9 +83,18 @@ def _checked(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> 
         parser.error("--accumulate reference sums up each fold on its own: --strategy loop")
 
 
+def _dicom_options(arguments: argparse.Namespace) -> DicomOptions | None:
+    if not (arguments.series or arguments.format or arguments.anonymous):
+        return None
+    formats = tuple(dict.fromkeys(arguments.format)) or ("nifti",)
+    return DicomOptions(tuple(arguments.series), formats, arguments.anonymous)
+
+
 def _run(arguments: argparse.Namespace) -> str:
     from panther_jax.devices import compiler
 
+    if arguments.list_series:
+        return dicom_tasks.list_series(arguments.input)
     compiler.use_compilation_cache()
     if arguments.ensemble is not None:
         model: Any = read_ensemble(arguments.ensemble)
@@ -102,6 +122,7 @@ def _run(arguments: argparse.Namespace) -> str:
         arguments.output,
         save_probabilities=arguments.save_probabilities,
         overwrite=arguments.overwrite,
+        dicom=_dicom_options(arguments),
     )
     if report.failed:
         listed = "\n".join(f"case {name}: {text}" for name, text in sorted(report.failed.items()))

@@ -32,7 +32,10 @@ JAX_FREE = (
     "training.signals", "training.provenance", "panther.chain", "panther.archives",
     "panther.configurations", "panther.roi", "panther.runner", "panther.recipe",
 )  # fmt: skip
-LAZY = {"SimpleITK", "grain", "tyro", "matplotlib", "PIL", "orbax", "safetensors"}
+LAZY = {
+    "SimpleITK", "grain", "tyro", "matplotlib", "PIL", "orbax", "safetensors", "pydicom",
+    "highdicom",
+}  # fmt: skip
 
 
 def module_name(path):

@@ -5,8 +5,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+from jaxtyping import Float32, Integer
+
 from panther_jax.base.errors import DatasetError
+from panther_jax.images.imageio import read_image, write_label
 from panther_jax.images.raw_dataset import SUPPORTED_ENDINGS, RawCase
+from panther_jax.plans.geometry import Geometry
 
 
 @dataclass(frozen=True)
@@ -21,6 +26,23 @@ class Task:
     def stem(self) -> str:
         """Name of the output without its ending."""
         return split_ending(self.output.name)[0]
+
+    @property
+    def is_done(self) -> bool:
+        """Whether the output is there."""
+        return self.output.is_file()
+
+    def read(self) -> tuple[Float32[np.ndarray, "channel z y x"], Geometry]:
+        """The image and its grid.
+
+        Raises:
+            FileNotFoundError, DatasetError: naming the file that cannot be used.
+        """
+        return read_image(self.case.images)
+
+    def write(self, label: Integer[np.ndarray, "z y x"], geometry: Geometry) -> None:
+        """Write the label map; the file is whole or not there."""
+        write_label(self.output, label, geometry)
 
 
 def find_tasks(

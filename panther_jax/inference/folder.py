@@ -14,8 +14,9 @@ import panther_jax
 from panther_jax.base.console import Progress, duration
 from panther_jax.base.errors import PantherError
 from panther_jax.base.files import read_object, require_writable, write_json
-from panther_jax.images import imageio
+from panther_jax.images import dicom_tasks
 from panther_jax.images.cases import Task, find_tasks
+from panther_jax.images.dicom_tasks import DicomOptions
 
 if TYPE_CHECKING:  # JAX loads when there is something to predict: --help must be quick
     from panther_jax.inference.predictor import CasePredictor
@@ -93,7 +94,7 @@ def predict_cases(
 
 def _is_done(task: Task, save_probabilities: bool) -> bool:
     beside = task.output.parent / f"{task.stem}.npz"
-    return task.output.is_file() and (not save_probabilities or beside.is_file())
+    return task.is_done and (not save_probabilities or beside.is_file())
 
 
 def _ahead(
@@ -112,7 +113,7 @@ def _ahead(
 def _prepare(predictor: "CasePredictor", task: Task) -> _Staged:
     try:
         start = time.monotonic()
-        image, geometry = imageio.read_image(task.case.images)
+        image, geometry = task.read()
         read = time.monotonic()
         case = predictor.prepare(image, geometry)
     except CASE_ERRORS as error:
@@ -158,7 +159,7 @@ def _export(predictor: "CasePredictor", inferred: _Staged, save_probabilities: b
             export.save_probabilities(
                 task.output.parent, task.stem, found.probabilities, found.properties
             )
-        imageio.write_label(task.output, found.label, found.geometry)  # last: it says "done"
+        task.write(found.label, found.geometry)  # last: it says "done"
     except CASE_ERRORS as error:
         return dataclasses.replace(inferred, value=None, error=error)
     seconds = {"export": finished - start, "write": time.monotonic() - finished}
@@ -201,23 +202,19 @@ def predict_folder(
     *,
     save_probabilities: bool = False,
     overwrite: bool = False,
+    dicom: DicomOptions | None = None,
 ) -> Report:
     """Predict an image, or a folder of them, to ``output``: a folder, or a file for one image.
 
-    Beside label maps in a folder go ``dataset.json``, ``plans.json``, ``predict_args.json`` (what
-    predicted) and ``predict.json`` (seconds by case and step, and failures).
+    A source of DICOM files is predicted series by series, as ``dicom`` says. Beside label maps in a
+    folder go ``dataset.json``, ``plans.json``, ``predict_args.json`` (what predicted) and
+    ``predict.json`` (seconds by case and step, and failures).
 
     Raises:
         FileNotFoundError, DatasetError: if there is nothing to predict.
         PredictError: if the output cannot be written, or holds predictions made otherwise.
     """
-    model = predictor.ensemble.members[0].model
-    tasks = find_tasks(
-        source,
-        output,
-        num_channels=model.num_channels,
-        file_ending=str(model.dataset.get("file_ending", ".nii.gz")),
-    )
+    tasks = _find_tasks(predictor, source, output, dicom)
     folder = tasks[0].output.parent
     _require_writable(folder)
     if folder == output:
@@ -236,6 +233,26 @@ def predict_folder(
         duration(time.monotonic() - start),
     )
     return report
+
+
+def _find_tasks(
+    predictor: "CasePredictor", source: Path, output: Path, dicom: DicomOptions | None
+) -> Sequence[Task]:
+    model = predictor.ensemble.members[0].model
+    if dicom is None and not dicom_tasks.holds_dicom(source):
+        ending = str(model.dataset.get("file_ending", ".nii.gz"))
+        return find_tasks(source, output, num_channels=model.num_channels, file_ending=ending)
+    from panther_jax.weights.bundle import params_sha256
+
+    members = predictor.ensemble.members
+    checksums = [params_sha256(params) for m in members for params in m.model.params]
+    by = dicom_tasks.describe_model([m.model.name for m in members], checksums)
+    options = dicom or DicomOptions()
+    writing = dicom_tasks.Writing(predictor.labels, by, options.formats, options.anonymous)
+    channels = model.num_channels
+    return dicom_tasks.find_tasks(
+        source, output, writing, wanted=options.series, num_channels=channels
+    )
 
 
 def _require_writable(folder: Path) -> None:
