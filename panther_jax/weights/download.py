@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from panther_jax.base.console import announced
-from panther_jax.base.files import read_object, write_json
+from panther_jax.base.files import move, read_object, write_json
 from panther_jax.weights.names import model_in, places
 from panther_jax.weights.public import PublicWeights, of_record, parse_target
 from panther_jax.weights.record import (
@@ -82,7 +82,7 @@ def get(
         except (RefusedWeights, ArchiveError):
             shutil.rmtree(work, ignore_errors=True)
             raise
-        os.replace(content, target)
+        move(content, target)
         shutil.rmtree(work, ignore_errors=True)
     if not find_models(folder):
         LOGGER.warning("%s holds no model that is known as such; look at what it holds", folder)

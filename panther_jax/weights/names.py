@@ -3,16 +3,17 @@
 import difflib
 from pathlib import Path
 
+from panther_jax.base.errors import PantherError
 from panther_jax.config.places import Places
 from panther_jax.weights.public import KNOWN, PublicWeights, of_record
 from panther_jax.weights.show import Found, find_models
 
 
-class ModelNotFound(FileNotFoundError):
+class ModelNotFound(PantherError, FileNotFoundError):
     """A known name whose weights are not there, or a name that is nearly a known one."""
 
 
-class AmbiguousModel(ValueError):
+class AmbiguousModel(PantherError, ValueError):
     """A known name under which several models lie; the message lists them."""
 
 

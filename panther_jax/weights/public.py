@@ -7,12 +7,13 @@ from types import MappingProxyType
 from typing import Any, Literal
 
 from panther_jax.base.console import table
+from panther_jax.base.errors import PantherError
 
 DOI_PREFIX = "10.5281/zenodo."
 UNKNOWN = "not known"
 
 
-class UnknownWeights(ValueError):
+class UnknownWeights(PantherError, ValueError):
     """Something that is neither a known name nor the DOI of a Zenodo record."""
 
 

@@ -19,6 +19,8 @@ from urllib.parse import urlsplit
 
 import panther_jax
 from panther_jax.base.console import Progress
+from panther_jax.base.errors import PantherError
+from panther_jax.base.files import move
 from panther_jax.weights.public import DOI_PREFIX
 from panther_jax.weights.unpack import safe_parts
 
@@ -33,7 +35,7 @@ BUSY = (408, 425, 429)
 REST_NOT_SATISFIABLE = 416
 
 
-class DownloadError(RuntimeError):
+class DownloadError(PantherError, RuntimeError):
     """A download that failed or was refused; the message says what is kept and what to do."""
 
 
@@ -201,7 +203,7 @@ def fetch_file(file: RecordFile, folder: Path, service: Service) -> Path:
     finally:
         progress.close()
     _verify(file, part)
-    os.replace(part, whole)
+    move(part, whole)
     return whole
 
 

@@ -10,6 +10,8 @@ import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from panther_jax.base.errors import PantherError
+
 MAX_MEMBERS = 100_000
 MAX_RATIO = 20
 """Weights hardly shrink in a zip: an archive that grows more than this is a bomb."""
@@ -20,7 +22,7 @@ LITTER = "__MACOSX"
 Progress = Callable[[int, int], None]
 
 
-class ArchiveError(ValueError):
+class ArchiveError(PantherError, ValueError):
     """An archive that is damaged, or that is not safe to unpack."""
 
 
