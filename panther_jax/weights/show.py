@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from panther_jax.base.errors import PlansError
+from panther_jax.base.errors import FileError
 from panther_jax.base.files import read_object
 
 MANIFEST = "download.json"
@@ -187,7 +187,7 @@ def _read(path: Path) -> tuple[dict[str, Any], tuple[str, ...]]:
         return read_object(path), ()
     except FileNotFoundError:
         return {}, (f"{path.name} is missing",)
-    except (PlansError, OSError) as error:
+    except (FileError, OSError) as error:
         return {}, (str(error).splitlines()[0],)
 
 
