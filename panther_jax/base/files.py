@@ -124,7 +124,7 @@ def scratch_folder(folder: Path) -> Iterator[Path]:
 
 
 def move(source: Path, target: Path) -> None:
-    """Rename a complete file within a file system; one that is there is replaced at once."""
+    """Rename what is complete within a file system; a file that is there is replaced at once."""
     try:
         os.replace(source, target)
     except OSError as error:
