@@ -9,7 +9,7 @@ import numpy as np
 import pydicom
 import pytest
 from dicom_readers import grid, masks_of_rtstruct, masks_of_seg, require_equal
-from test_dicom_tasks import LABELS, PRIVATE, scan
+from dicom_scans import LABELS, PRIVATE, scan
 from test_members import write_bundle
 
 from panther_jax import predict
