@@ -5,11 +5,12 @@ Label maps, nnU-Net's ``summary.json`` and the PANTHER metrics, ``panther.json``
 
 import json
 import logging
+import re
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import numpy as np
@@ -22,7 +23,6 @@ from panther_jax.config.schema import ValidationConfig
 from panther_jax.devices import mesh, processes
 from panther_jax.evaluation import metrics
 from panther_jax.images import imageio
-from panther_jax.images.merging import TASK1_CASE
 from panther_jax.inference import export
 from panther_jax.inference.sliding_window import Predictor, make_predictor
 from panther_jax.network.unet import Net, apply
@@ -214,19 +214,20 @@ def validate_checkpoints(
     return "\n\n".join(parts)
 
 
-def cases_to_validate(case_ids: Sequence[str], which: Literal["all", "task2"]) -> tuple[str, ...]:
-    """The validation cases of a fold that are asked for (spec 03 §7.4).
+def cases_to_validate(case_ids: Sequence[str], which: str) -> tuple[str, ...]:
+    """The validation cases of a fold that are asked for: all, or those that a pattern matches.
 
     Raises:
         ValueError: if none is left.
     """
     if which == "all":
         return tuple(case_ids)
-    chosen = tuple(c for c in case_ids if not TASK1_CASE.fullmatch(c))
+    chosen = tuple(c for c in case_ids if re.fullmatch(which, c))
     if not chosen:
         raise ValueError(
-            "validation.cases is task2, but all cases to validate are of task 1 (..._0001)\n"
-            "  Train on a combined data set, or validate all cases with --validation.cases all."
+            f"validation.cases is {which!r}, which the name of no case to validate matches, e.g. "
+            f"{', '.join(case_ids[:3])}\n  Correct the pattern, or validate all cases with "
+            "--validation.cases all."
         )
     return chosen
 
