@@ -390,6 +390,7 @@ def train_fold(
         settings=config.validation,
         mirror_axes=geometry.mirror_axes,
         case_ids=cases_to_validate(fold_cases(store, fold)[1], config.validation.cases),
+        trained_on=fold_cases(store, fold)[0],
     )
     provenance.record(
         folder, {"finished": True, "seconds_last_session": round(time.monotonic() - start)}

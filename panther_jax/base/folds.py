@@ -13,13 +13,18 @@ class FoldsError(ValueError):
 
 
 def choose_folds(
-    folder: Path, present: Sequence[str], wanted: Sequence[str] = (), *, what: str = "fold"
+    folder: Path,
+    present: Sequence[str],
+    wanted: Sequence[str] = (),
+    *,
+    what: str = "fold",
+    by: str = "with --folds",
 ) -> tuple[str, ...]:
     """The folds to take of those ``present``, by name (``"0"``, or ``"all"``: that of all cases).
 
     Nothing wanted, or ``all``, means each numbered fold, and the fold of all cases only if there is
     no other; ``fold_all`` means that fold. Other names may start with ``fold_`` too. The log says
-    what was taken.
+    what was taken, and ``by`` what means others are named.
 
     Raises:
         FoldsError: naming those that are missing.
@@ -42,7 +47,7 @@ def choose_folds(
     left = [fold for fold in present if fold not in taken]
     note = ""
     if left and not set(names) - {ALL}:
-        note = f"; fold_{', fold_'.join(left)} is left out, name it with --folds to take it"
+        note = f"; fold_{', fold_'.join(left)} is left out, name it {by} to take it"
     if tuple(taken) != ("",):
         LOGGER.info("%s: fold %s%s", folder, ", ".join(taken), note)
     return tuple(taken)

@@ -176,10 +176,11 @@ def validate_checkpoints(
     settings: ValidationConfig,
     mirror_axes: tuple[int, ...],
     case_ids: Sequence[str],
+    trained_on: Sequence[str] = (),
 ) -> str:
     """Validate cases with each checkpoint asked for, into ``folder/validation_<name>``.
 
-    Returns the tables of Dice as text.
+    Returns the tables of Dice as text, which say how many cases are of those ``trained_on``.
 
     Raises:
         CheckpointError: if a checkpoint is missing.
@@ -209,7 +210,7 @@ def validate_checkpoints(
             progress=lambda case, done, _total, bar=progress: bar.update(done, case),
         )
         progress.close()
-        text = results_table(store, summary)
+        text = results_table(store, summary, seen=len({*case_ids} & {*trained_on}))
         parts.append(f"{target} ({name} checkpoint, step {counters.step})\n{text}")
     return "\n\n".join(parts)
 
@@ -232,8 +233,11 @@ def cases_to_validate(case_ids: Sequence[str], which: str) -> tuple[str, ...]:
     return chosen
 
 
-def results_table(store: Store, summary: Mapping[str, Any]) -> str:
-    """Dice of each case and class as text, with the mean in the last row."""
+def results_table(store: Store, summary: Mapping[str, Any], *, seen: int = 0) -> str:
+    """Dice of each case and class as text, with the mean in the last row.
+
+    ``seen`` cases of them were trained on.
+    """
     classes = store.labels.classes
     keys = [metrics.class_key(value) for _, value in classes]
     rows = [
@@ -243,8 +247,16 @@ def results_table(store: Store, summary: Mapping[str, Any]) -> str:
         ]
         for case in summary["metric_per_case"]
     ]
-    rows.append(["mean", *(_cell(summary["mean"][key]["Dice"]) for key in keys)])
-    return table(["Dice", *(name for name, _ in classes)], rows)
+    rows.append(
+        [
+            "mean (trained on)" if seen else "mean",
+            *(_cell(summary["mean"][key]["Dice"]) for key in keys),
+        ]
+    )
+    note = f"\n{seen} of {len(rows) - 1} cases were trained on: no estimate for new cases" * bool(
+        seen
+    )
+    return table(["Dice", *(name for name, _ in classes)], rows) + note
 
 
 def _cell(value: float) -> str:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import panther_jax
 from panther_jax.base.errors import PantherError
 from panther_jax.base.files import read_object
-from panther_jax.base.folds import choose_folds
+from panther_jax.base.folds import ALL, choose_folds
 from panther_jax.plans.plans import Plans
 
 if TYPE_CHECKING:  # JAX loads when there is something to do: --help must be quick
@@ -54,6 +54,7 @@ def make_bundle(
             "checkpoint": checkpoint,
             "step": counters.step,
             "metrics": _scores(run / f"fold_{fold}" / f"validation_{checkpoint}"),
+            **({"metrics_of": "cases that were trained on"} if fold == ALL else {}),
         }
     plans, dataset = read_object(run / "plans.json"), read_object(run / "dataset.json")
     axes = run_mirror_axes(run, Plans.from_nnunet(plans, dataset))

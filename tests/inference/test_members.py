@@ -64,7 +64,7 @@ def test_a_bundle(tmp_path):
     assert (model.name, model.folds, model.mirror_axes) == ("b", ("0", "1"), (0, 2))
     assert equal_trees(model.params[1], made.random_params(made.RESIDUAL, 1))
     assert load_model(tmp_path / "b", folds=("1",)).folds == ("1",)
-    with pytest.raises(ModelError, match="no fold 7; there are: 0, 1"):
+    with pytest.raises(FoldsError, match="no fold 7; there are: 0, 1"):
         load_model(tmp_path / "b", folds=("7",))
     assert load_model(write_bundle(tmp_path / "single", folds=("",))).folds == ("",)
     with pytest.raises(ModelError, match="configuration '3d_fullres', not '2d'"):
