@@ -481,3 +481,12 @@ def test_the_published_members_are_those_of_the_cascade(task, folds):
     assert member.model.resolve().relative_to(root) == run
     assert member.folds == folds and len(folds) == len(stage.folds)
     assert member.checkpoint == "best" and member.mirror_axes == ()
+
+
+def test_the_guides_example_of_an_ensemble_names_every_key_and_can_be_read(tmp_path):
+    guide = (Path(__file__).parents[2] / "docs" / "cascade.md").read_text(encoding="utf-8")
+    (tmp_path / "e.json").write_text(guide.partition("```json\n")[2].partition("```")[0])
+    first, second = specification.read_ensemble(tmp_path / "e.json").members
+    assert first.folds[-1] == "fold_all" and second.class_weights[1] == ("tumor", 0.5)
+    for key in (*specification.MEMBER_KEYS, *specification.ENSEMBLE_KEYS):
+        assert f"`{key}`" in guide.partition("| key |")[2], key
