@@ -4,11 +4,13 @@ import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from panther_jax.base.errors import PantherError
+
 LOGGER = logging.getLogger("panther_jax")
 ALL, FOLD_ALL = "all", "fold_all"
 
 
-class FoldsError(ValueError):
+class FoldsError(PantherError, ValueError):
     """Folds or checkpoints that a model does not have; the message says which there are."""
 
 
