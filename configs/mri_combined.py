@@ -5,7 +5,8 @@ Try it:    python -m panther_jax.train --config mri_combined.py --demo
 Arguments: mri_combined.py:aug=default,epochs=1000,lr=1e-3,
                schedule=poly,warmup=50,init=ct,val=all
            (aug default|da5[_ord0|_seg_ord0]|da5_fork[_ord0|_seg_ord0]|no_mirroring|none;
-           schedule poly|poly_warmup|cosine; init ct|multitalent|none; val all|task2)
+           schedule poly|poly_warmup|cosine; init t1|ct|multitalent|winner-t1|winner-ct|none;
+           val all|task2)
 Expected:  no published figure of its own.
 Duration:  not measured here; the reference's ResEnc-L takes about 35 h on one A100.
 Memory:    about 20 GB of device memory at batch 2 in bfloat16 (computed, not measured).

@@ -19,7 +19,7 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--run", type=Path, required=True, help="work directory of a run")
     add("--out", type=Path, required=True, help="folder of the bundle")
-    add("--folds", nargs="+", default=[], metavar="K", help="folds, numbers or all (default: each)")
+    add("--folds", nargs="+", default=[], metavar="K", help="numbers, all or fold_all (all)")
     add("--checkpoint", choices=CHECKPOINTS, default="final", help="default: %(default)s")
     add("--overwrite", action="store_true", help="replace the bundle if it exists")
     return parser

@@ -19,9 +19,9 @@ from panther_jax.base.errors import DatasetError
 from panther_jax.base.files import write_json
 from panther_jax.images import merging, phantom
 from panther_jax.images.checks import check_dataset, report_text
-from panther_jax.images.conversion import convert
+from panther_jax.images.conversion import Conversion, convert
 from panther_jax.images.phantom_dataset import DEFAULT_CASES, Progress, make_phantom
-from panther_jax.panther import archives
+from panther_jax.panther import archives, cases
 
 LOGGER = logging.getLogger("panther_jax")
 EXAMPLE = "python -m panther_jax.datasets phantom --out data/raw/Dataset902_PhantomT2 --modality t2"
@@ -63,6 +63,8 @@ def _add_converters(actions: Any) -> None:
     merge = actions.add_parser("merge", help="several raw datasets as one, with its splits")
     merge.add_argument("--inputs", type=Path, nargs="+", required=True, metavar="RAW")
     merge.add_argument("--tumor-only", action="store_true", help="all but the tumor is background")
+    with_help = "leave out cases that hold no voxel of this label, e.g. tumor"
+    merge.add_argument("--with-label", metavar="NAME", help=with_help)
     in_all_help = "cases of task 1 (..._0001) train in every fold, validate in none"
     merge.add_argument("--task1-in-all", action="store_true", help=in_all_help)
     for parser in (panther, msd, panorama):
@@ -85,11 +87,7 @@ def _convert(arguments: argparse.Namespace) -> str:
     elif arguments.action == "panorama":
         conversion = archives.panorama_source(arguments.source, manual_only=arguments.manual_only)
     else:
-        conversion = merging.merged_source(
-            arguments.inputs,
-            tumor_only=arguments.tumor_only,
-            task1_in_all=arguments.task1_in_all,
-        )
+        conversion = _merged(arguments)
     convert(
         conversion,
         arguments.out,
@@ -99,6 +97,14 @@ def _convert(arguments: argparse.Namespace) -> str:
         progress=_lines("converted"),
     )
     return str(arguments.out)
+
+
+def _merged(arguments: argparse.Namespace) -> Conversion:
+    options = {name: getattr(arguments, name) for name in ("tumor_only", "task1_in_all")}
+    if arguments.with_label is not None:
+        options["with_label"] = arguments.with_label
+    how = cases.merging(**options)
+    return merging.merged_source(arguments.inputs, how, options=options, workers=arguments.workers)
 
 
 def _lines(what: str) -> Progress:

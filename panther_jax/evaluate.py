@@ -115,6 +115,9 @@ def _compare(arguments: argparse.Namespace) -> str:
                 f"{path} does not exist; name a run, a folder of label maps, or a JSON of --output"
             )
     results = [_result(arguments, [path])[0] for path in arguments.compare]
+    for result in results:
+        if result.get("trained_on"):
+            LOGGER.warning("%s: %s", result["name"], folds.SEEN)
     result = compare(*results, seed=arguments.seed)
     if arguments.output is not None:
         arguments.output.parent.mkdir(parents=True, exist_ok=True)

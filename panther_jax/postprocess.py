@@ -7,7 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from panther_jax.base import command
+from panther_jax.base.folds import FOLD_ALL
 from panther_jax.evaluation import metrics
+from panther_jax.evaluation.folds import SEEN
 from panther_jax.evaluation.postprocessing import (
     PostprocessError,
     determine_postprocessing,
@@ -52,7 +54,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _determine(arguments: argparse.Namespace) -> str:
-    folders: list[Path] = arguments.predictions
+    folders = _of_unseen_cases(arguments.predictions)
     output = arguments.output or folders[0]
     _refuse([output / JSON_NAME, output / FOLDER_NAME], overwrite=arguments.overwrite)
     dataset = read_dataset_json(
@@ -81,6 +83,15 @@ def _determine(arguments: argparse.Namespace) -> str:
     accepted = ", then ".join(f"largest component of {labels}" for labels in search.chain)
     LOGGER.info("%s: mean Dice %.4f -> %.4f", accepted or "nothing helps", before, after)
     return str(output / JSON_NAME)
+
+
+def _of_unseen_cases(folders: Sequence[Path]) -> list[Path]:
+    """The folders without those of a fold of all cases, unless there is no other."""
+    seen = [folder for folder in folders if folder.resolve().parent.name == FOLD_ALL]
+    kept = [folder for folder in folders if folder not in seen]
+    if seen:
+        LOGGER.warning("%s: %s%s", seen[0], SEEN, "; it is left out" if kept else "")
+    return kept or seen
 
 
 def _apply(arguments: argparse.Namespace) -> str:

@@ -48,7 +48,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--format", nargs="+", choices=dicom_tasks.FORMATS, default=[],
         help="of what is written for DICOM series (default: nifti)")  # fmt: skip
     add("--anonymous", action="store_true", help="no patient's identity in the DICOM written")
-    add("--folds", nargs="+", metavar="K", help="folds, numbers or all (default: all there are)")
+    add("--folds", nargs="+", metavar="K", help="numbers, all or fold_all (default: all)")
     add("--checkpoint", choices=CHECKPOINTS, help="which of each fold (default: final)")
     add("--mirror", action="store_true", help="average over mirrored images (slower: 8 times)")
     add("--step-size", type=float, metavar="S", help="tile step, a part of the tile (default: 0.5)")
@@ -105,7 +105,7 @@ def _run(arguments: argparse.Namespace) -> str:
     folds = arguments.folds or ()
     predictor = load(
         model,
-        folds=() if tuple(folds) == ("all",) and not _has_fold_all(arguments.model) else folds,
+        folds=folds,
         checkpoint=arguments.checkpoint or "final",
         mirror=arguments.mirror,
         step_size=0.5 if arguments.step_size is None else arguments.step_size,
@@ -131,10 +131,6 @@ def _run(arguments: argparse.Namespace) -> str:
             "Correct or remove them, and run the same command again: it does only these."
         )
     return str(arguments.output)
-
-
-def _has_fold_all(models: Sequence[Path] | None) -> bool:
-    return any((path / "fold_all").is_dir() for path in models or ())
 
 
 def main(argv: Sequence[str] | None = None) -> int:

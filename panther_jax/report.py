@@ -124,8 +124,9 @@ def _scores(run: RunRecord, checkpoint: str, name: str) -> Section:
     orders = {
         v.spacing_order for f in run.folds for c, v in f.validations.items() if c == checkpoint
     }
+    seen = " (cases that were trained on)" if any(f.saw_its_cases for f in run.folds) else ""
     tables = [
-        sections.spread_table(run.cases(c), name, f"Over the cases, {c} checkpoint")
+        sections.spread_table(run.cases(c), name, f"Over the cases, {c} checkpoint{seen}")
         for c in sorted(run.checkpoints(), key=lambda c: c != checkpoint)
     ]
     if len(run.folds) > 1:
@@ -154,8 +155,9 @@ def _cards(run: RunRecord, cases: Sequence[CaseRecord], name: str) -> tuple[Card
         sections.metric_cells(cases, m) for m in ("volumetric_dice", "surface_dice", "hausdorff95")
     )
     bad = sum(c.outcome != "scored" for c in cases)
+    seen = ", on cases that were trained on" * any(f.saw_its_cases for f in run.folds)
     return (
-        Card(f"mean Dice, {name}", dice[2], f"95 % CI {dice[3]}; median {dice[5]}"),
+        Card(f"mean Dice, {name}{seen}", dice[2], f"95 % CI {dice[3]}; median {dice[5]}"),
         Card("mean surface Dice, 5 mm", surface[2], f"95 % CI {surface[3]}"),
         Card("mean HD95", f"{distance[2]} mm", f"95 % CI {distance[3]}; median {distance[5]}"),
         Card("failures", f"{bad} of {len(cases)}", "cases", "bad" if bad else ""),

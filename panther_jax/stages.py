@@ -8,7 +8,8 @@ from pathlib import Path
 from panther_jax.base import command
 from panther_jax.base.files import write_text
 from panther_jax.panther.chain import (
-    SPECIALISTS,
+    NAME,
+    SCRATCH,
     Plan,
     cascade,
     command_of,
@@ -16,6 +17,7 @@ from panther_jax.panther.chain import (
     slurm_script,
 )
 from panther_jax.panther.runner import Running, StageError, run_steps
+from panther_jax.panther.stages import HandedOn, stages
 
 EXAMPLE = "python -m panther_jax.stages --task t2 --demo"
 
@@ -23,16 +25,23 @@ EXAMPLE = "python -m panther_jax.stages --task t2 --demo"
 def _parser() -> argparse.ArgumentParser:
     parser = command.parser(
         "panther_jax.stages",
-        "Run the cascade of a task: weights, CT, MRI specialists, cross-validation, ensemble, "
+        "Run the stages up to a task: weights, CT, MRI specialists, cross-validation, ensemble, "
         "report.\nUnknown options --section.field VALUE go to every training.",
         EXAMPLE,
     )
     add = parser.add_argument
-    add("--task", choices=("t1", "t2"), required=True, help="T1 diagnostic or T2 MR-Linac")
+    tasks = [stage.name for stage in stages().values() if not stage.imported]
+    add("--task", choices=tasks, required=True, help="the stage to reach")
+    add("--name", default=NAME, help="begins the names of the chain's runs (default: %(default)s)")
     add(
         "--root", type=Path, default=Path("data"), help="root of raw, store, weights, runs (./data)"
     )
-    add("--folds", nargs="+", default=[*"01234"], metavar="K", help="folds (default: 0 1 2 3 4)")
+    folds_help = "folds of the task, numbers or all (default: 0 1 2 3 4, of t1 also all)"
+    add("--folds", nargs="+", default=[], metavar="K", help=folds_help)
+    start_help = "weights that a stage starts from, or none; no stage before it is then trained"
+    add("--start", nargs="+", default=[], metavar="STAGE=WEIGHTS|none", help=start_help)
+    hand_help = "weights that the next stage starts from (default: STAGE=all:best)"
+    add("--hand-on", nargs="+", default=[], metavar="STAGE=FOLD[:CHECKPOINT]", help=hand_help)
     add(
         "--foundation", metavar="FOLDER|none", help="nnU-Net model folder of the foundation weights"
     )
@@ -49,17 +58,42 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _by_stage(option: str, given: Sequence[str]) -> dict[str, str]:
+    found = {}
+    for text in given:
+        stage, separator, value = text.partition("=")
+        if not separator or not value or stage in found:
+            raise command.UsageError(f"{option} {text}: expected STAGE=VALUE, each stage once")
+        found[stage] = value
+    return found
+
+
+def _handed_on(given: Sequence[str]) -> dict[str, HandedOn]:
+    found = {}
+    for stage, value in _by_stage("--hand-on", given).items():
+        fold, _, checkpoint = value.partition(":")
+        if not (fold == "all" or fold.isdigit()) or checkpoint not in ("", "final", "best"):
+            raise command.UsageError(
+                f"--hand-on {stage}={value}: expected a fold's number or all, and :final or :best"
+            )
+        found[stage] = HandedOn(fold=fold, checkpoint="final" if checkpoint == "final" else "best")
+    return found
+
+
 def _run(arguments: argparse.Namespace, overrides: Sequence[str]) -> str:
     plan = Plan(
         task=arguments.task,
         root=arguments.root,
         folds=tuple(arguments.folds),
-        specialists=tuple(arguments.specialists or SPECIALISTS[arguments.task]),
+        specialists=tuple(arguments.specialists or ()),
+        name=arguments.name,
+        starts=_by_stage("--start", arguments.start),
+        handed_on=_handed_on(arguments.hand_on),
         foundation=arguments.foundation,
         demo=arguments.demo,
         overrides=tuple(overrides),
     )
-    if plan.foundation not in (None, "none") and not Path(plan.foundation).is_dir():
+    if plan.foundation not in (None, SCRATCH) and not Path(plan.foundation).is_dir():
         raise command.UsageError(
             f"--foundation {plan.foundation} is not a folder; name the unpacked model folder, the "
             "one that holds fold_all, or none"
@@ -94,8 +128,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error("--restart-stale and --keep-stale exclude each other")
     if arguments.jobs < 1:
         parser.error(f"--jobs must be at least 1, found {arguments.jobs}")
-    if not all(fold.isdigit() for fold in arguments.folds):
-        parser.error(f"--folds must be numbers, found {' '.join(arguments.folds)}")
+    if not all(fold.isdigit() or fold == "all" for fold in arguments.folds):
+        parser.error(f"--folds must be numbers or all, found {' '.join(arguments.folds)}")
     return command.run(
         lambda: _run(arguments, overrides), quiet=arguments.quiet, debug=arguments.debug
     )

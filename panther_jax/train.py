@@ -276,13 +276,13 @@ def prepare(
         checkpoints.drop_after(counters.step)
         LOGGER.info("resuming after step %d of %d", counters.step, config.loop.total_steps)
     else:
-        state, counters = fresh, Counters()
+        state, counters, origin = fresh, Counters(), None
         if bundle is not None:
             state, origin = _started_from(
                 bundle, state, config.init.stem, plans=store.plans, fold=fold
             )
-            provenance.record(folder, {"starting_weights": origin})
             state = replicate(state, mesh)
+        provenance.record(folder, provenance.beginning(config, store, origin))
     records = folder if processes.is_primary() else Path(tempfile.mkdtemp(prefix="panther_jax_"))
     metrics = MetricsFile(records / "metrics.jsonl", resume_step=counters.step)
     patch = policies.patch_geometry(config.augment.policy, patch_size)
@@ -390,6 +390,7 @@ def train_fold(
         settings=config.validation,
         mirror_axes=geometry.mirror_axes,
         case_ids=cases_to_validate(fold_cases(store, fold)[1], config.validation.cases),
+        trained_on=fold_cases(store, fold)[0],
     )
     provenance.record(
         folder, {"finished": True, "seconds_last_session": round(time.monotonic() - start)}

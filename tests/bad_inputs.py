@@ -950,7 +950,11 @@ SELECT = (
     ("members 0", "--max-members", None, "--max-members 0", 2),
     ("label unknown", "banana", None, "--label banana"),
     ("output exists", "o.json exists", put("o.json", "x")),
-    ("a fold of all", "all cases", lambda box: os.rename(box / FOLD, box / "cv/runs/a/fold_all")),
+    (
+        "a fold of all",
+        "lack cases|all cases",
+        lambda box: os.rename(box / FOLD, box / "cv/runs/a/fold_all"),
+    ),
     ("no probabilities", "probabilit", None),
     (
         "probabilities broken",

@@ -1,4 +1,5 @@
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -194,6 +195,11 @@ def test_cases_that_were_trained_on_are_refused(tmp_path, capsys):
     assert "has 2 folds" in capsys.readouterr().err
 
     (runs[1] / "fold_2").rename(runs[1] / "fold_all")
+    assert select(tmp_path, runs, "--overwrite") == 1
+    log = capsys.readouterr().err
+    assert "fold_all is left out" in log and "lack cases that others validated" in log
+    for fold in ("fold_0", "fold_1"):
+        shutil.rmtree(runs[1] / fold)
     assert select(tmp_path, runs, "--overwrite") == 1
     assert "trained on all cases" in capsys.readouterr().err
 

@@ -468,13 +468,27 @@ def test_a_cross_validation_is_pooled_and_by_fold(tmp_path, capsys):
     assert "case_2: no prediction" in capsys.readouterr().err
 
 
-def test_a_case_in_two_folds_is_refused(tmp_path, capsys):
+def test_the_fold_of_all_cases_is_scored_only_alone_and_said_to_be_trained_on(tmp_path, capsys):
     made = make_run(tmp_path / "run", folders(tmp_path, num_cases=3))
     shutil.copytree(made / "fold_0", made / "fold_all")
+    found = evaluated(tmp_path, "--runs", *sorted(made.glob("fold_*")))[1]
+    assert {*found["folds"]} == {"fold_0", "fold_1"} and not found["trained_on"]
+    assert run("--runs", made) == 0
+    assert "fold_all is left out" in capsys.readouterr().err
+    alone = evaluated(tmp_path, "--runs", made / "fold_all")[1]
+    assert alone["trained_on"] == ["fold_all"]
+    text = capsys.readouterr().out
+    assert "validated on the cases that it was trained on" in text and "all (trained on)" in text
+    assert run("--compare", made / "fold_all", made) == 0
+    assert "validated on the cases that it was trained on" in capsys.readouterr().err
+
+
+def test_a_case_in_two_folds_is_refused(tmp_path, capsys):
+    made = make_run(tmp_path / "run", folders(tmp_path, num_cases=3))
+    shutil.copytree(made / "fold_0", made / "fold_7")
     assert run("--runs", made) == 1
     log = capsys.readouterr().err
-    assert "2 case(s) were validated in two folds: case_0 (fold_0 and fold_all)" in log
-    assert (made / "fold_all").is_dir()  # spec 06 §5.1: the scripts delete it
+    assert "2 case(s) were validated in two folds: case_0 (fold_0 and fold_7)" in log
     other = make_run(tmp_path / "other", (tmp_path / "predictions", tmp_path / "references"))
     assert run("--runs", made / "fold_0", other / "fold_1") == 1
     assert "2 runs" in capsys.readouterr().err

@@ -493,3 +493,14 @@ def test_a_browser_shows_a_comparison(root, tmp_path):
         assert shown.value("document.querySelectorAll('svg.view image').length") == count > 0
         assert shown.complaints() == []
         assert [u for u in shown.requests() if not u.startswith("data:")] == [out.as_uri()]
+
+
+def test_the_fold_of_all_cases_is_shown_only_alone_and_said_to_have_seen_its_cases(root):
+    run = root / "runs" / "plain"
+    shutil.copytree(run / "fold_0", run / "fold_all")
+    both = records.read_runs([run])[0]
+    assert [f.name for f in both.folds] == ["fold_0", "fold_1"]
+    assert "cases that were trained on" not in page_of(run)
+    run_report("--run", run / "fold_all")
+    page = (run / "fold_all" / "report.html").read_text(encoding="utf-8")
+    assert "cases that were trained on" in page and "trained on: its scores say nothing" in page

@@ -22,7 +22,8 @@ from panther_jax.config.places import Places
 from panther_jax.config.schema import ConfigError, LoopConfig
 from panther_jax.images import imageio
 from panther_jax.network import unet
-from panther_jax.panther import chain
+from panther_jax.panther import states
+from panther_jax.panther.cases import TASK2_CASE
 from panther_jax.store.folds import fold_cases
 from panther_jax.training import feeding, launch, sampling, signals, validation
 from panther_jax.training import step as step_module
@@ -139,7 +140,8 @@ def test_a_run_becomes_a_bundle_that_the_next_stage_starts_from(finished, store,
     record = loaded.provenance["checkpoints"]["0"]
     assert record["params_sha256"] == about["params_sha256"] == params_sha256(trained)
     assert record["step"] == 6 and set(record["metrics"]) == {"1", "2"}
-    assert chain.bundle_state(out, run, "0").status == "done"
+    bundled = states.Bundled(out, run, "0", "final")
+    assert states.bundle_state(bundled).status == "done"
 
     second = tmp_path / "second" / "fold_0"
     second.mkdir(parents=True)
@@ -147,10 +149,12 @@ def test_a_run_becomes_a_bundle_that_the_next_stage_starts_from(finished, store,
         smoke, loop=dataclasses.replace(smoke.loop, epochs=1, steps_per_epoch=1)
     )
     train.train_fold(short, store, second, fold=0, bundle=out)
-    assert chain.training_state(second, out).status == "done"
+    wanted = states.Training(second, short, out, store.folder)
+    assert states.training_state(wanted).status == "done"
+    assert states.training_state(dataclasses.replace(wanted, settings=smoke)).status == "stale"
     provenance = json.loads((out / "provenance.json").read_text())
     (out / "provenance.json").write_text(json.dumps({**provenance, "sha256": {"other": "x"}}))
-    assert chain.training_state(second, out).status == "stale"
+    assert states.training_state(wanted).status == "stale"
 
 
 def test_a_bundle_needs_a_finished_run(finished, tmp_path, capsys):
@@ -169,7 +173,7 @@ def test_a_bundle_needs_a_finished_run(finished, tmp_path, capsys):
     "names, which, expected",
     [
         (("10001_0001", "10303"), "all", ("10001_0001", "10303")),
-        (("10001_0001", "10303"), "task2", ("10303",)),
+        (("10001_0001", "10303"), TASK2_CASE, ("10303",)),
     ],
 )
 def test_cases_of_task_2_are_told_by_name(names, which, expected):
@@ -178,7 +182,7 @@ def test_cases_of_task_2_are_told_by_name(names, which, expected):
 
 def test_no_case_of_task_2_is_an_error():
     with pytest.raises(ValueError, match="--validation.cases all"):
-        validation.cases_to_validate(("10001_0001",), "task2")
+        validation.cases_to_validate(("10001_0001",), TASK2_CASE)
 
 
 def test_label_maps_lie_on_the_raw_grid(finished, store):

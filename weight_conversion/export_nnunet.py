@@ -17,9 +17,10 @@ from typing import TYPE_CHECKING, Any
 from panther_jax.base import command
 from panther_jax.base.errors import PantherError
 from panther_jax.base.files import read_object, write_json
+from panther_jax.base.folds import choose_folds
 from panther_jax.plans.plans import Plans
 from panther_jax.training.records import read_metrics
-from panther_jax.weights.from_run import choose_folds, run_mirror_axes, trained_folds
+from panther_jax.weights.from_run import run_mirror_axes, trained_folds
 
 if TYPE_CHECKING:  # JAX and torch load when there is something to convert: --help must be quick
     from panther_jax.network.unet import Params

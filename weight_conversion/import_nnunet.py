@@ -17,6 +17,7 @@ import panther_jax
 from panther_jax.base import command
 from panther_jax.base.errors import PlansError
 from panther_jax.base.files import read_object
+from panther_jax.base.folds import choose_folds
 from panther_jax.plans.labels import Labels
 from panther_jax.plans.plans import Plans, resolve_configuration
 
@@ -146,18 +147,8 @@ def find_folds(folder: Path, folds: Sequence[str], checkpoint_name: str) -> dict
             "  Name the folder TRAINER__PLANS__CONFIGURATION of nnUNet_results, or another "
             "--checkpoint-name."
         )
-    missing = [fold for fold in folds if fold not in found]
-    if missing:
-        raise FileNotFoundError(
-            f"{folder} holds no {checkpoint_name} for fold(s) {', '.join(missing)}; "
-            f"there are {', '.join(found)}"
-        )
-    if folds:
-        return {fold: found[fold] for fold in folds}
-    numbered = {fold: path for fold, path in found.items() if fold.isdigit()}
-    if numbered and len(numbered) < len(found):
-        LOGGER.info("taking folds %s; name others with --folds", ", ".join(numbered))
-    return numbered or found
+    chosen = choose_folds(folder, list(found), folds, what=f"{checkpoint_name} of fold")
+    return {fold: found[fold] for fold in chosen}
 
 
 # ---------------------------------------------------------------------------------- conversion

@@ -108,6 +108,8 @@ def load_config(spec: str) -> tuple[TrainConfig, ConfigSource]:
 
 def apply_overrides(config: TrainConfig, arguments: Sequence[str], *, prog: str) -> TrainConfig:
     """Apply ``--section.field VALUE`` options; exits with code 2 and a hint on a wrong one."""
+    if not arguments:
+        return config
     import tyro
 
     return tyro.cli(TrainConfig, default=config, args=list(arguments), prog=prog)

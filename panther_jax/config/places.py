@@ -1,18 +1,13 @@
 """Where things are under the root folder, and what to do about a missing one (spec 00 §0.4)."""
 
 import os
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-DOWNLOADS = {
-    901: "download Zenodo record 15192302 (PANTHER) and convert it with "
-    "`python -m panther_jax.datasets panther --task t1`",
-    902: "download Zenodo record 15192302 (PANTHER) and convert it with "
-    "`python -m panther_jax.datasets panther --task t2`",
-    999: "convert MSD Task07 and PANORAMA with `python -m panther_jax.datasets msd|panorama|merge`",
-}
+HOW_TO_START = (
+    "Import them with `python -m weight_conversion.import_nnunet`, train the stage that makes them"
+)
 
 
 @dataclass(frozen=True)
@@ -21,8 +16,10 @@ class Places:
 
     root: Path
 
-    def raw(self, dataset: str) -> Path:
+    def raw(self, dataset: str, *, source: str = "") -> Path:
         """Raw data set: under the root, else under ``nnUNet_raw`` if that holds it.
+
+        ``source`` says how to get it.
 
         Raises:
             FileNotFoundError: naming the places searched and how to get the data set.
@@ -36,13 +33,10 @@ class Places:
             searched.append(Path(environment) / dataset)
             if (searched[-1] / "dataset.json").is_file():
                 return searched[-1]
-        number = re.match(r"Dataset(\d{3})_", dataset)
-        hint = DOWNLOADS.get(
-            int(number.group(1)) if number else -1, "put it there in nnU-Net layout"
-        )
+        how = source or "put it there in nnU-Net layout"
         raise FileNotFoundError(
             f"raw data set {dataset} not found\n  searched: {', '.join(map(str, searched))}\n"
-            f"  To get it, {hint}; or name a folder with --raw, a preprocessed one with --store,\n"
+            f"  To get it, {how}; or name a folder with --raw, a preprocessed one with --store,\n"
             "  or try the pipeline on made-up cases with --demo."
         )
 
@@ -54,8 +48,8 @@ class Places:
         """Preprocessed store of a data set."""
         return self.root / "store" / dataset / data_identifier
 
-    def bundle(self, name: str) -> Path:
-        """Bundle by path, or by name under the weights folder.
+    def bundle(self, name: str, *, source: str = "") -> Path:
+        """Bundle by path, or by name under the weights folder; ``source`` says how to get it.
 
         Raises:
             FileNotFoundError: if there is none, with the ways to get one.
@@ -66,8 +60,7 @@ class Places:
         raise FileNotFoundError(
             f"starting weights {name!r} not found\n"
             f"  searched: {Path(name)}, {self.root / 'weights' / name}\n"
-            "  Import them with `python -m weight_conversion.import_nnunet`, train the stage that "
-            "makes them,\n  or start from scratch with --init none."
+            f"  {source or HOW_TO_START}, or start from scratch with --init none."
         )
 
     def run(self, run_name: str) -> Path:

@@ -1,6 +1,7 @@
 """The configuration of a training run: typed, frozen, checked."""
 
 import dataclasses
+import re
 import typing
 from dataclasses import dataclass, field, is_dataclass
 from typing import Any, Literal
@@ -48,6 +49,8 @@ class DataConfig:
 
     dataset: str
     """Raw data set folder name, `DatasetNNN_Name`."""
+    source: str = ""
+    """How to get the data set; said where it is missing."""
     modality: Literal["ct", "t1", "t2"] = "t2"
     """What the images are; the phantoms of `--demo` imitate it."""
     plans_name: str = "nnUNetResEncUNetLPlans"
@@ -115,7 +118,11 @@ class AugmentConfig:
 
 @dataclass(frozen=True)
 class ArchConfig:
-    """The network, but for its input and output channels, which the data set decides."""
+    """The network, but for its input and output channels, which the data set decides.
+
+    By default nnU-Net's ResEnc-L with six isotropic stages, which is that of the MultiTalent
+    weights.
+    """
 
     network: Literal["ResidualEncoderUNet", "PlainConvUNet"] = "ResidualEncoderUNet"
     """Residual-encoder or plain U-Net."""
@@ -256,8 +263,10 @@ class InitConfig:
 
     bundle: str | None = None
     """Bundle to start from: a folder, or its name under ROOT/weights; None starts from scratch."""
+    source: str = ""
+    """How to get that bundle; said where it is missing."""
     stem: Literal["copy", "reinit"] = "reinit"
-    """Take the stem from the bundle, or start it anew (the PANTHER recipes, at every stage)."""
+    """Take the stem from the bundle, or start it anew."""
 
 
 @dataclass(frozen=True)
@@ -270,9 +279,9 @@ class ValidationConfig:
     """Average over all mirrored variants (the reference's value for validation)."""
     step_size: float = 0.5
     """Step between tiles as a share of the tile."""
-    cases: Literal["all", "task2"] = "all"
-    """Cases validated after training: all of the fold's, or those of PANTHER's task 2 (of a
-    combined dataset; names of task 1 end with `_0001`)."""
+    cases: str = "all"
+    """Cases validated after training: all of the fold's, or those whose names match this regular
+    expression from end to end."""
     save_probabilities: bool = False
     """Keep probabilities beside the label maps, for ensemble selection."""
 
@@ -281,6 +290,12 @@ class ValidationConfig:
             0 < self.step_size <= 1,
             f"validation.step_size must lie in (0, 1], found {self.step_size}",
         )
+        try:
+            re.compile(self.cases)
+        except re.error as error:
+            raise ConfigError(
+                f"validation.cases {self.cases!r} is neither all nor a regular expression: {error}"
+            ) from None
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ import numpy as np
 
 from panther_jax.base.errors import PantherError
 from panther_jax.base.files import read_object
+from panther_jax.base.folds import FOLD_ALL, choose_folds
 from panther_jax.config.schema import CheckpointName, ValidationConfig
 from panther_jax.images.raw_dataset import SUPPORTED_ENDINGS
 from panther_jax.images.splits import SPLITS, read_splits
@@ -27,6 +28,10 @@ from panther_jax.store.store import open_store
 
 LOGGER = logging.getLogger("panther_jax")
 MAX_LISTED = 20
+SEEN = (
+    "fold_all was validated on the cases that it was trained on: its scores say nothing about new "
+    "cases"
+)
 SUMMARY, RUN = "summary.json", "run.json"
 ARRAY = "probabilities"  # name in the npz file, nnU-Net's
 
@@ -50,6 +55,11 @@ class Fold:
         """The fold's number, or ``all``."""
         text = self.name.removeprefix("fold_")
         return int(text) if text.isdigit() else "all"
+
+    @property
+    def saw_its_cases(self) -> bool:
+        """Whether the validated cases are those that the fold was trained on."""
+        return self.name == FOLD_ALL
 
     @property
     def run(self) -> Path:
@@ -122,6 +132,8 @@ def read_labels(path: Path | None) -> Labels | None:
 def find_folds(paths: Sequence[Path], checkpoint: CheckpointName = "final") -> tuple[Fold, ...]:
     """The folds of one run, given as its folder or as its fold folders; sorted by number.
 
+    The fold of all cases is taken only if it is the only one: it validates what it was trained on.
+
     Raises:
         FileNotFoundError: if a folder or a validation is missing.
         CrossValidationError: if they belong to several runs, or a case was validated twice.
@@ -133,10 +145,9 @@ def find_folds(paths: Sequence[Path], checkpoint: CheckpointName = "final") -> t
             f"the folds belong to {len(runs)} runs: {', '.join(map(str, runs[:MAX_LISTED]))}\n"
             "  Evaluate one run at a time, or two with --compare RUN_A RUN_B."
         )
-    unique = {folder.resolve(): folder for folder in folders}
-    folds = tuple(
-        sorted((_fold(f, checkpoint) for f in unique.values()), key=lambda f: _order(f.name))
-    )
+    unique = {folder.name.removeprefix("fold_"): folder for folder in folders}
+    chosen = choose_folds(folders[0].parent, sorted(unique, key=_order), by="alone")
+    folds = tuple(_fold(unique[name], checkpoint) for name in chosen)
     _require_disjoint(folds)
     return folds
 
@@ -165,7 +176,7 @@ def _fold_folders(path: Path) -> list[Path]:
 
 
 def _order(name: str) -> tuple[int, str]:
-    number = re.fullmatch(r"fold_(\d+)", name)
+    number = re.fullmatch(r"(?:fold_)?(\d+)", name)
     return (int(number[1]) if number else 10**9, name)
 
 

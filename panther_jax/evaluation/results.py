@@ -9,6 +9,7 @@ from typing import Any
 from panther_jax.base.console import table
 from panther_jax.base.files import read_json, write_json, write_text
 from panther_jax.evaluation import metrics, scoring, statistics
+from panther_jax.evaluation.folds import SEEN
 from panther_jax.evaluation.scoring import EvaluationError
 
 COMPARED_KEYS = ("name", "preset", "spacing_order", "label", "per_subject", "failed")
@@ -65,8 +66,14 @@ def evaluation_text(result: Mapping[str, Any]) -> str:
         [name, str(fold["num_cases"]), *_aggregates(fold["aggregates"]), *_detections(fold)]
         for name, fold in result["folds"].items()
     ]
+    seen = bool(result.get("trained_on"))
     rows.append(
-        ["all", str(result["num_cases"]), *_aggregates(result["aggregates"]), *_detections(result)]
+        [
+            "all (trained on)" if seen else "all",
+            str(result["num_cases"]),
+            *_aggregates(result["aggregates"]),
+            *_detections(result),
+        ]
     )
     limits = [_limits(name, result["intervals"]["of"][name]) for name in statistics.AGGREGATES]
     rows.append([f"{100 * result['intervals']['level']:g} % interval", "", *limits, "", ""])
@@ -76,6 +83,7 @@ def evaluation_text(result: Mapping[str, Any]) -> str:
     scored += " (by fold label 1)" if preset == "fork_b" and result["folds"] else ""
     return "\n\n".join(
         [
+            *([SEEN] if seen else []),
             table(["case", *HEADER, *volumes], cases),
             table(["mean over cases", *means], rows),
             f"{scored}, preset {preset}, spacing order {result['spacing_order']}; "

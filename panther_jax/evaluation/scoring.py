@@ -379,6 +379,7 @@ def evaluate_runs(
             "predictions": None,
             "references": None if references is None else str(references),
             "runs": [str(fold.folder) for fold in folds],
+            "trained_on": [fold.name for fold in folds if fold.saw_its_cases],
         },
         num_workers=num_workers,
         progress=progress,

@@ -62,10 +62,6 @@ class Recoding:
         return result
 
 
-# spec 02 §3.13; PANORAMA -> PANTHER is PANORAMA -> MSD, then the swap
-IDENTITY = Recoding(((0, 0), (1, 1), (2, 2)))
-
-
 @dataclass(frozen=True)
 class SourceCase:
     """One case of a source: an image file a channel, its label file, how that is recoded."""

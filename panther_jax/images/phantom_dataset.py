@@ -13,6 +13,8 @@ from panther_jax.images.raw_dataset import Case
 CHANNELS = {"ct": "CT", "t1": "MRI", "t2": "MRI"}
 ENDINGS = {"ct": ".nii.gz", "t1": ".mha", "t2": ".mha"}
 DEFAULT_CASES = 10
+PATIENTS = {"t2": 0, "t1": 1, "ct": 2}
+"""A seed a modality, so that networks trained on one have not seen the patients of another."""
 
 Progress = Callable[[str, int, int], None]
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from panther_jax.base.errors import DatasetError
-from panther_jax.images.conversion import IDENTITY, Conversion, Recoding, SourceCase, _name
+from panther_jax.images.conversion import Conversion, Recoding, SourceCase, _name
 from panther_jax.plans.labels import LabelValue
 
 PANTHER_LABELS: Mapping[str, LabelValue] = {"background": 0, "tumor": 1, "pancreas": 2}
@@ -16,6 +16,8 @@ SEARCH_DEPTH = 3
 Task = Literal["t1", "t2"]
 
 logger = logging.getLogger("panther_jax")
+# spec 02 §3.13; PANORAMA -> PANTHER is PANORAMA -> MSD, then the swap
+IDENTITY = Recoding(((0, 0), (1, 1), (2, 2)))
 MSD = Recoding(((0, 0), (1, 2), (2, 1)))
 PANORAMA = Recoding(((0, 0), (1, 1), (4, 2), (5, 2)), other=0)
 

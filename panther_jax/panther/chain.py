@@ -1,47 +1,36 @@
-"""The cascade of a task as a graph of steps, and how far each of them is (spec 03 §7.3-7.4).
+"""The chain of stages up to a task as a graph of steps (spec 03 §7.3-7.4, §7.7).
 
-A step is one command and the files that show that it is done. Trained and imported weights are
-followed by checksum through the chain; what is derived from them, by the age of files. No JAX.
+A step is one command and the files that show that it is done. What the stages are is in
+:mod:`panther_jax.panther.stages`, how far a step is in :mod:`panther_jax.panther.states`. No JAX.
 """
 
+import functools
+import re
 import shlex
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
 
-from panther_jax.base.files import read_object
-from panther_jax.config import loading, schema
-from panther_jax.config.laptop import demo
+from panther_jax.config import loading
 from panther_jax.config.places import Places
-from panther_jax.store.store import is_complete
-
-Task = Literal["t1", "t2"]
-Status = Literal["done", "to do", "stale", "missing"]
-CT_STAGE = "ct_pancreas"
-FOUNDATION = "multitalent"
-SPECIALISTS = {
-    "t1": ("mri_t1.py:aug=da5_fork", "mri_t1.py"),
-    "t2": ("mri_t2.py:aug=da5_fork", "mri_t2.py"),
-}
-"""Aggressive augmentation for overlap, the default one for boundaries (spec 05 §10.1)."""
-DEMO_MRI_EPOCHS = 8
-DEMO_SEED = 3  # of the foundation's phantoms: patients that no later stage sees
-DOWNLOAD = (
-    "the foundation weights are not there\n"
-    "  Download and unpack MultiTalentV2_challengeversion.zip (Zenodo record 13753413) and name "
-    "its model\n  folder (the one that holds fold_all) with --foundation, or leave them out with "
-    "--foundation none."
+from panther_jax.config.schema import ConfigError, DataConfig, TrainConfig
+from panther_jax.panther.stages import HandedOn, Stage, stages
+from panther_jax.panther.states import (
+    Bundled,
+    State,
+    Training,
+    bundle_state,
+    derived,
+    store_state,
+    training_state,
 )
+from panther_jax.training import launch
+from panther_jax.training.options import Options
+from panther_jax.weights.names import named_start
 
-
-@dataclass(frozen=True)
-class State:
-    """How far a step is: ``stale`` was made from weights that have changed since."""
-
-    status: Status
-    why: str = ""
+NAME = "cascade"
+SCRATCH = "none"
 
 
 @dataclass(frozen=True)
@@ -61,51 +50,74 @@ class Step:
 
 @dataclass(frozen=True)
 class Plan:
-    """What is asked for; ``overrides`` are config fields for every training.
+    """What is asked for.
 
-    ``foundation``: an nnU-Net model folder to import, None to use the bundle that is there,
-    ``"none"`` to start the CT stage from scratch.
+    ``task`` is the stage to reach; ``variants`` are arguments of its config, or whole configs, and
+    ``folds`` its folds (the table's, if not given). ``name`` begins the names of the chain's runs,
+    weights and results. ``starts`` are weights by the stage that starts from them (a folder, a
+    bundle's name, or ``none`` for scratch): no stage before it is trained. ``handed_on`` says, by
+    stage, which weights the next one starts from. ``foundation`` is an nnU-Net model folder to
+    import. ``overrides`` are config fields for every training.
     """
 
-    task: Task
+    task: str
     root: Path
-    folds: tuple[str, ...]
-    specialists: tuple[str, ...]
+    folds: tuple[str, ...] = ()
+    specialists: tuple[str, ...] = ()
+    name: str = NAME
+    starts: Mapping[str, str] = field(default_factory=dict)
+    handed_on: Mapping[str, HandedOn] = field(default_factory=dict)
     foundation: str | None = None
     demo: bool = False
     overrides: tuple[str, ...] = ()
+
+    @property
+    def stage(self) -> Stage:
+        """The stage to reach."""
+        return stages()[self.task]
+
+    @property
+    def specs(self) -> tuple[str, ...]:
+        """The configs of the stage to reach."""
+        return self.specialists or tuple(self.stage.spec(v) for v in self.stage.variants)
+
+    @property
+    def members(self) -> tuple[str, ...]:
+        """The folds of the stage to reach."""
+        return self.folds or self.stage.folds
 
     @property
     def places(self) -> Places:
         """The folders."""
         return Places(self.root)
 
-    def run_folder(self, spec: str) -> Path:
-        """Work directory of a config, as ``panther_jax.train`` names it."""
-        name = loading.load_config(spec)[1].run_name
-        return self.places.run(name + "_demo" * self.demo)
+    def named(self, name: str) -> str:
+        """A name of this chain's own."""
+        return f"{self.name}_{name}{'_demo' * self.demo}"
 
-    def raw_folder(self, spec: str) -> Path:
-        """Raw data set that a config trains on."""
-        data = self._data(spec)
+    def run_folder(self, spec: str) -> Path:
+        """Work directory of a config in this chain."""
+        return self.places.run(self.named(loading.load_config(spec)[1].run_name))
+
+    def raw_folder(self, stage: Stage, data: DataConfig) -> Path:
+        """Raw data set that a stage trains on."""
+        if self.demo and stage.demo_dataset:
+            return self.root / "raw" / stage.demo_dataset
         if self.demo:
             return self.places.phantoms(data.dataset, data.modality)
         try:
             return self.places.raw(data.dataset)
-        except FileNotFoundError:  # its training will say so, with the remedy
+        except FileNotFoundError:  # its store will say so, with the remedy
             return self.root / "raw" / data.dataset
 
-    def store_folder(self, spec: str) -> Path:
-        """Store that a config trains on."""
-        return self.places.store(self.raw_folder(spec).name, self._data(spec).data_identifier)
+    def weights_folder(self, stage: Stage) -> Path:
+        """Weights of a stage: the chain's own bundle, or what was imported."""
+        own = not stage.imported or self.demo
+        return self.root / "weights" / (self.named(stage.weights) if own else stage.weights)
 
-    def _data(self, spec: str) -> schema.DataConfig:
-        settings, _ = loading.load_config(spec)
-        return demo(settings).data if self.demo else settings.data
-
-    def weights_folder(self, name: str) -> Path:
-        """Bundle of a stage."""
-        return self.root / "weights" / (name + "_demo" * self.demo)
+    def handing_on(self, stage: Stage) -> HandedOn:
+        """Which weights of a stage the next one starts from."""
+        return self.handed_on.get(stage.name, stage.handed_on)
 
 
 # --------------------------------------------------------------------------------------- graph
@@ -115,178 +127,229 @@ def cascade(plan: Plan) -> tuple[Step, ...]:
     """All steps of a task, each after those it needs.
 
     Raises:
-        ConfigError: if a specialist's config cannot be loaded.
+        ConfigError: if a config cannot be loaded, or the plan names what the chain does not have.
+        FileNotFoundError: if weights to start from are not there.
     """
-    steps = [*_foundation(plan)]
-    last = steps[-1].name if steps else None
-    foundation = plan.weights_folder(FOUNDATION) if last else None
-    ct = _training(plan, f"{CT_STAGE}.py", "all", start=foundation, needs=last)
-    steps += [ct, _bundle(plan, f"{CT_STAGE}.py", CT_STAGE, needs=ct.name)]
-    start, bundle = plan.weights_folder(CT_STAGE), steps[-1].name
-    stores: dict[Path, Step] = {}
+    _require_known(plan)
+    graph = _Graph(plan)
+    stage = plan.stage
+    start, needs = graph.start_of(stage)
     scored = []
-    for spec in plan.specialists:
-        folder = plan.store_folder(spec)
-        if folder not in stores:
-            stores[folder] = _store(plan, spec, folder, needs=bundle)
-            steps.append(stores[folder])
-        store = stores[folder].name
-        folds = [_training(plan, spec, f, start=start, needs=store) for f in plan.folds]
-        scored.append(_cross_validation(plan, spec, tuple(f.name for f in folds)))
-        steps += [*folds, scored[-1]]
-    needs = tuple(step.name for step in scored)
-    return (*steps, _selection(plan, needs), _report(plan, needs))
+    for spec in plan.specs:
+        folds = {
+            fold: graph.train(stage, spec, fold, start=start, needs=needs) for fold in plan.members
+        }
+        numbered = [fold for fold in folds if fold.isdigit()]
+        if numbered:
+            validated = tuple(folds[fold] for fold in numbered)
+            scored.append(graph.cross_validate(spec, numbered, needs=validated))
+    if scored:
+        graph.select(tuple(scored))
+        graph.report(tuple(scored))
+    return tuple(graph.steps.values())
 
 
-def _foundation(plan: Plan) -> tuple[Step, ...]:
-    if plan.foundation == "none":
-        return ()
-    folder = plan.weights_folder(FOUNDATION)
-    if plan.demo:
-        return _demo_foundation(plan, folder)
-    argv: tuple[str, ...] = ()
-    if plan.foundation is not None:
-        source = ("--model-folder", plan.foundation, "--folds", "all", "--stem", "reinit")
-        argv = ("weight_conversion.import_nnunet", *source, "--out", str(folder))
+def chain_of(plan: Plan) -> tuple[Stage, ...]:
+    """The stages that a plan goes through, the first one first."""
+    known = stages()
+    found = [plan.stage]
+    while found[0].start is not None and found[0].name not in _starts(plan):
+        found.insert(0, known[found[0].start])
+    return tuple(found)
 
-    def look() -> State:
-        if (folder / "provenance.json").is_file():
+
+def _starts(plan: Plan) -> Mapping[str, str]:
+    """Weights to start from; ``--foundation none`` leaves out what is not trained but imported."""
+    if plan.foundation != SCRATCH:
+        return plan.starts
+    known = stages()
+    after = [s.name for s in known.values() if s.start and known[s.start].imported]
+    return {**dict.fromkeys(after, SCRATCH), **plan.starts}
+
+
+def _require_known(plan: Plan) -> None:
+    if plan.task not in stages():
+        raise ConfigError(f"there is no stage {plan.task!r}; there are: {', '.join(stages())}")
+    if plan.stage.imported:
+        raise ConfigError(f"stage {plan.task} is imported, not trained: {plan.stage.imported}")
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9.-]*", plan.name):
+        raise ConfigError(f"a chain's name may hold letters, digits, . and -; found {plan.name!r}")
+    names = [stage.name for stage in chain_of(plan)]
+    starting = names if stages()[names[0]].start else names[1:]
+    for option, given, allowed in (
+        ("--start", plan.starts, starting),
+        ("--hand-on", plan.handed_on, names[:-1]),
+    ):
+        wrong = sorted(set(given) - set(allowed))
+        if wrong:
+            raise ConfigError(
+                f"{option} {wrong[0]}: this chain goes {' -> '.join(names)}; there {option} is for "
+                f"{', '.join(allowed) or 'none of them'}"
+            )
+
+
+class _Graph:
+    """Steps by name while they are put together; a method adds one and gives its name."""
+
+    def __init__(self, plan: Plan) -> None:
+        self.plan = plan
+        self.steps: dict[str, Step] = {}
+        self._settings: dict[tuple[str, Path | None], TrainConfig] = {}
+
+    def _add(
+        self, name: str, argv: tuple[str, ...], needs: Sequence[str], look: Callable[[], State]
+    ) -> str:
+        self.steps.setdefault(name, Step(name, argv, tuple(needs), look))
+        return name
+
+    # ------------------------------------------------------------------------------- weights
+
+    def start_of(self, stage: Stage) -> tuple[Path | None, tuple[str, ...]]:
+        """The weights that a stage starts from, and the steps that make them."""
+        given = _starts(self.plan).get(stage.name)
+        if given == SCRATCH or stage.start is None:
+            return None, ()
+        if given is not None:
+            return named_start(given, self.plan.places), ()
+        before = stages()[stage.start]
+        return self.plan.weights_folder(before), (self.weights(before),)
+
+    def weights(self, stage: Stage) -> str:
+        """The weights that a stage hands on."""
+        folder = self.plan.weights_folder(stage)
+        name = f"weights/{folder.name}"
+        if stage.imported and not self.plan.demo:
+            return self._add(name, self._import_command(folder), (), lambda: self._imported(stage))
+        start, needs = self.start_of(stage)
+        hand = self.plan.handing_on(stage)
+        spec = stage.spec(hand.variant)
+        run = self.plan.run_folder(spec)
+        trained = self.train(stage, spec, hand.fold, start=start, needs=needs)
+        fold = "fold_all" if hand.fold == "all" else hand.fold
+        argv = ("panther_jax.bundle", "--run", str(run), "--folds", fold)
+        argv += ("--checkpoint", hand.checkpoint, "--out", str(folder), "--overwrite")
+        wanted = Bundled(folder, run, hand.fold, hand.checkpoint)
+        return self._add(name, argv, (trained,), functools.partial(bundle_state, wanted))
+
+    def _import_command(self, folder: Path) -> tuple[str, ...]:
+        if self.plan.foundation is None:
+            return ()
+        source = ("--model-folder", self.plan.foundation, "--stem", "reinit")
+        return ("weight_conversion.import_nnunet", *source, "--out", str(folder))
+
+    def _imported(self, stage: Stage) -> State:
+        if (self.plan.weights_folder(stage) / "provenance.json").is_file():
             return State("done")
-        return State("to do") if argv else State("missing", DOWNLOAD)
+        if self.plan.foundation is not None:
+            return State("to do")
+        why = f"{stage.imported}\n  Name that folder with --foundation, or leave it out with "
+        return State("missing", f"{why}--foundation {SCRATCH}.")
 
-    return (Step(_weights_name(folder), argv, (), look),)
+    # ------------------------------------------------------------------------------ training
 
+    def train(
+        self, stage: Stage, spec: str, fold: str, *, start: Path | None, needs: Sequence[str]
+    ) -> str:
+        """One fold of a config."""
+        plan, settings = self.plan, self.settings(stage, spec, start)
+        raw = plan.raw_folder(stage, settings.data)
+        store = plan.places.store(raw.name, settings.data.data_identifier)
+        prepared = self.store(stage, spec, settings)
+        run = plan.run_folder(spec)
+        folder = plan.places.fold(run, "all" if fold == "all" else int(fold))
+        argv = (*self._training_command(stage, spec), "--fold", fold, "--workdir", str(run))
+        argv += ("--init", str(start) if start else SCRATCH)
+        if fold.isdigit():
+            argv += ("--validation.save-probabilities",)
+        argv += self._overrides(stage)
+        wanted = Training(folder, settings, start, store)
+        look = functools.partial(training_state, wanted)
+        return self._add(f"{run.name} fold {fold}", argv, (prepared, *needs), look)
 
-def _demo_foundation(plan: Plan, folder: Path) -> tuple[Step, ...]:
-    raw = plan.root / "raw" / "Dataset619_PhantomOrgans"
-    make = Step(
-        f"raw/{raw.name}",
-        ("panther_jax.datasets", "phantom", "--organs", "--modality", "ct", "--cases", "15")
-        + ("--seed", str(DEMO_SEED), "--out", str(raw)),
-        (),
-        lambda: State("done" if (raw / "dataset.json").is_file() else "to do"),
-    )
-    train = _training(
-        plan, f"{FOUNDATION}.py", "all", start=None, needs=make.name, more=("--raw", str(raw))
-    )
-    return make, train, _bundle(plan, f"{FOUNDATION}.py", FOUNDATION, needs=train.name)
+    def store(self, stage: Stage, spec: str, settings: TrainConfig) -> str:
+        """The preprocessed data: folds that start side by side must not preprocess side by side."""
+        plan, data = self.plan, settings.data
+        raw = plan.raw_folder(stage, data)
+        folder = plan.places.store(raw.name, data.data_identifier)
+        argv = (*self._training_command(stage, spec), "--prepare-only", "--init", SCRATCH)
+        argv += self._overrides(stage)
+        needs: tuple[str, ...] = ()
+        if plan.demo and stage.demo_dataset:
+            needs = (self._phantoms(stage, raw),)
+        lacking = "" if plan.demo else self._lacking(data)
+        name = f"store/{folder.parent.name}/{folder.name}"
+        return self._add(name, argv, needs, functools.partial(store_state, folder, lacking))
 
+    def settings(self, stage: Stage, spec: str, start: Path | None) -> TrainConfig:
+        """The config that every fold of a training gets, as ``panther_jax.train`` resolves it."""
+        key = (spec, start)
+        if key not in self._settings:
+            init = SCRATCH if start is None else str(start)
+            options = Options(fold="all", root=self.plan.root, init=init, demo=self.plan.demo)
+            self._settings[key] = launch.resolve(spec, self._overrides(stage), options)[0]
+        return self._settings[key]
 
-def _store(plan: Plan, spec: str, folder: Path, *, needs: str) -> Step:
-    # A step of its own: folds that start side by side must not preprocess side by side.
-    argv = ("panther_jax.train", "--config", spec, "--prepare-only", "--root", str(plan.root))
-    argv += ("--init", "none", *("--demo",) * plan.demo, *plan.overrides)
-    name = f"store/{folder.parent.name}/{folder.name}"
-    return Step(name, argv, (needs,), lambda: store_state(folder))
+    def _overrides(self, stage: Stage) -> tuple[str, ...]:
+        shortened = self.plan.demo and stage.demo_epochs is not None
+        return (*("--loop.epochs", str(stage.demo_epochs)) * shortened, *self.plan.overrides)
 
+    def _training_command(self, stage: Stage, spec: str) -> tuple[str, ...]:
+        plan = self.plan
+        argv = ("panther_jax.train", "--config", spec, "--root", str(plan.root))
+        if not plan.demo:
+            return argv
+        raw = ("--raw", str(plan.root / "raw" / stage.demo_dataset)) if stage.demo_dataset else ()
+        return (*argv, "--demo", *raw)
 
-def _training(
-    plan: Plan,
-    spec: str,
-    fold: str,
-    *,
-    start: Path | None,
-    needs: str | None,
-    more: tuple[str, ...] = (),
-) -> Step:
-    folder = plan.places.fold(plan.run_folder(spec), "all" if fold == "all" else int(fold))
-    of_task = spec in plan.specialists
-    argv = ("panther_jax.train", "--config", spec, "--fold", fold, "--root", str(plan.root), *more)
-    argv += ("--init", str(start) if start else "none", *("--demo",) * plan.demo)
-    if of_task:
-        argv += ("--validation.save-probabilities",)
-        argv += ("--loop.epochs", str(DEMO_MRI_EPOCHS)) * plan.demo
-    argv += plan.overrides
-    return Step(
-        f"{folder.parent.name} fold {fold}",
-        argv,
-        (needs,) if needs else (),
-        lambda: training_state(folder, start),
-    )
+    def _lacking(self, data: DataConfig) -> str:
+        try:
+            self.plan.places.raw(data.dataset, source=data.source)
+        except FileNotFoundError as error:
+            return str(error)
+        return ""
 
+    def _phantoms(self, stage: Stage, raw: Path) -> str:
+        argv = ("panther_jax.datasets", "phantom", *stage.demo_phantoms, "--out", str(raw))
+        done = raw / "dataset.json"
+        return self._add(
+            f"raw/{raw.name}", argv, (), lambda: State("done" if done.is_file() else "to do")
+        )
 
-def _bundle(plan: Plan, spec: str, name: str, *, needs: str) -> Step:
-    run, folder = plan.run_folder(spec), plan.weights_folder(name)
-    out = ("--out", str(folder), "--overwrite")
-    argv = ("panther_jax.bundle", "--run", str(run), "--folds", "all", *out)
-    return Step(_weights_name(folder), argv, (needs,), lambda: bundle_state(folder, run, "all"))
+    # ------------------------------------------------------------------------------- results
 
+    def cross_validate(self, spec: str, folds: Sequence[str], *, needs: Sequence[str]) -> str:
+        """The scores of the numbered folds of a config."""
+        run = self.plan.run_folder(spec)
+        folders = [run / f"fold_{fold}" for fold in folds]
+        output = run / "crossval.json"
+        argv = ("panther_jax.evaluate", "--runs", *map(str, folders), "--output", str(output))
+        inputs = [folder / "validation_final" / "summary.json" for folder in folders]
+        look = functools.partial(derived, output, inputs)
+        return self._add(f"{run.name} cross-validation", (*argv, "--overwrite"), needs, look)
 
-def _cross_validation(plan: Plan, spec: str, needs: tuple[str, ...]) -> Step:
-    run = plan.run_folder(spec)
-    folds = [str(run / f"fold_{fold}") for fold in plan.folds]
-    output = run / "crossval.json"
-    argv = ("panther_jax.evaluate", "--runs", *folds, "--output", str(output), "--overwrite")
-    inputs = [Path(fold) / "validation_final" / "summary.json" for fold in folds]
-    return Step(f"{run.name} cross-validation", argv, needs, lambda: derived(output, inputs))
+    def select(self, needs: Sequence[str]) -> str:
+        """The ensemble that scores best."""
+        plan, runs = self.plan, self._runs()
+        output = plan.root / "ensembles" / f"{plan.named(plan.task)}.json"
+        data = loading.load_config(plan.specs[0])[0].data
+        argv = ("panther_jax.ensemble", "select", "--candidates", *map(str, runs))
+        argv += ("--references", str(plan.raw_folder(plan.stage, data)))
+        return self._result(f"ensembles/{output.name}", argv, output, needs)
 
+    def report(self, needs: Sequence[str]) -> str:
+        """The page about the runs."""
+        plan = self.plan
+        output = plan.root / "reports" / f"{plan.named(plan.task)}.html"
+        argv = ("panther_jax.report", "--run", *map(str, self._runs()))
+        return self._result(f"reports/{output.name}", argv, output, needs)
 
-def _selection(plan: Plan, needs: tuple[str, ...]) -> Step:
-    output = plan.root / "ensembles" / f"task{plan.task[1]}{'_demo' * plan.demo}.json"
-    runs = [str(plan.run_folder(spec)) for spec in plan.specialists]
-    argv = ("panther_jax.ensemble", "select", "--candidates", *runs)
-    references = plan.raw_folder(plan.specialists[0])
-    argv += ("--references", str(references), "--output", str(output), "--overwrite")
-    inputs = [Path(run) / "crossval.json" for run in runs]
-    return Step(f"ensembles/{output.name}", argv, needs, lambda: derived(output, inputs))
+    def _result(self, name: str, argv: tuple[str, ...], output: Path, needs: Sequence[str]) -> str:
+        inputs = [run / "crossval.json" for run in self._runs()]
+        argv += ("--output", str(output), "--overwrite")
+        return self._add(name, argv, needs, functools.partial(derived, output, inputs))
 
-
-def _report(plan: Plan, needs: tuple[str, ...]) -> Step:
-    output = plan.root / "reports" / f"task{plan.task[1]}{'_demo' * plan.demo}.html"
-    runs = [str(plan.run_folder(spec)) for spec in plan.specialists]
-    argv = ("panther_jax.report", "--run", *runs, "--output", str(output), "--overwrite")
-    inputs = [Path(run) / "crossval.json" for run in runs]
-    return Step(f"reports/{output.name}", argv, needs, lambda: derived(output, inputs))
-
-
-def _weights_name(folder: Path) -> str:
-    return f"weights/{folder.name}"
-
-
-# -------------------------------------------------------------------------------------- states
-
-
-def training_state(folder: Path, start: Path | None) -> State:
-    """Whether a fold is trained and validated, from the starting weights that are there now."""
-    about = _json(folder / "run.json")
-    recorded = about.get("starting_weights") or {}
-    now = _json(start / "provenance.json").get("sha256") if start else None
-    if recorded and now and recorded.get("sha256") != now:
-        return State("stale", f"{folder} was trained from {start}, which has changed since")
-    validated = (folder / "validation_final" / "summary.json").is_file()
-    return State("done" if about.get("finished") and validated else "to do")
-
-
-def store_state(folder: Path) -> State:
-    """Whether every case of a data set is preprocessed."""
-    wanted = _json(folder / "dataset.json").get("numTraining")
-    names = [p.name.removesuffix(".locations.npz") for p in folder.glob("*.locations.npz")]
-    whole = sum(is_complete(folder, name) for name in names)
-    return State("done" if wanted and whole >= wanted else "to do")
-
-
-def bundle_state(folder: Path, run: Path, fold: str) -> State:
-    """Whether a bundle holds the weights that its run has now."""
-    known = _json(folder / "provenance.json").get("checkpoints", {}).get(fold, {})
-    trained = _json(run / f"fold_{fold}" / "run.json").get("params_sha256")
-    if not known:
-        return State("to do")
-    if trained and known.get("params_sha256") != trained:
-        return State("to do", f"{run} was trained again since")
-    return State("done")
-
-
-def derived(output: Path, inputs: Sequence[Path]) -> State:
-    """Whether a file that is quickly made again is there and newer than what it is made of."""
-    if not output.is_file():
-        return State("to do")
-    made = output.stat().st_mtime_ns
-    newer = [path for path in inputs if path.is_file() and path.stat().st_mtime_ns > made]
-    return State("to do", f"{newer[0]} is newer") if newer else State("done")
-
-
-def _json(path: Path) -> Mapping[str, Any]:
-    return read_object(path) if path.is_file() else {}
+    def _runs(self) -> list[Path]:
+        return [self.plan.run_folder(spec) for spec in self.plan.specs]
 
 
 # ------------------------------------------------------------------------------------- drawing
@@ -311,10 +374,12 @@ def draw(steps: Sequence[Step]) -> str:
     for root in children.get(None, []):
         visit(root, "", is_last=True, depth=0)
     width = max(len(text) for text, _ in lines)
-    return "\n".join(
+    drawn = [
         f"{text:<{width}}  " + ": ".join(filter(None, (state.status, *state.why.splitlines()[:1])))
         for text, state in lines
-    )
+    ]
+    lacking = {s.why: f"{t.strip('│└├─ ')}: {s.why}" for t, s in lines if s.status == "missing"}
+    return "\n".join([*drawn, *([""] if lacking else []), *lacking.values()])
 
 
 # ------------------------------------------------------------------------------------ clusters

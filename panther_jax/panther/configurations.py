@@ -4,32 +4,26 @@ The challenge's winners trained every stage with the network and grid of the Mul
 (spec 02 §3.12); their plans files are not published, so what is not known is an option here.
 """
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from panther_jax.base.errors import PlansError
-from panther_jax.planner.rules import RESENC_BLOCKS, Resampling, reader_writer, resampling_entries
+from panther_jax.config.schema import ArchConfig, DataConfig
+from panther_jax.planner.rules import Resampling, reader_writer, resampling_entries
 from panther_jax.plans.architecture import ArchSpec
 from panther_jax.plans.labels import Labels
 
 ISO = "3d_fullres_iso1x1x1"
-MULTITALENT_PATCH = (192, 192, 192)
-MULTITALENT_BATCH = 2
-MULTITALENT_FEATURES = (32, 64, 128, 256, 320, 320)
 
 
 def multitalent_arch(num_channels: int, num_outputs: int) -> ArchSpec:
-    """Give the ResEnc-L of the MultiTalent weights: six stages, isotropic (spec 02 §3.12)."""
-    num_stages = len(MULTITALENT_FEATURES)
+    """Give the ResEnc-L of the MultiTalent weights: six stages, isotropic (spec 02 §3.12).
+
+    It is the network of a config that says nothing else.
+    """
     return ArchSpec(
-        network="ResidualEncoderUNet",
-        in_channels=num_channels,
-        num_outputs=num_outputs,
-        features=MULTITALENT_FEATURES,
-        kernel_sizes=((3, 3, 3),) * num_stages,
-        strides=((1, 1, 1),) + ((2, 2, 2),) * (num_stages - 1),
-        blocks=RESENC_BLOCKS[:num_stages],
-        decoder_convs=(1,) * (num_stages - 1),
+        in_channels=num_channels, num_outputs=num_outputs, **dataclasses.asdict(ArchConfig())
     )
 
 
@@ -62,9 +56,9 @@ def panther_configurations(
     iso = {
         "inherits_from": "3d_fullres",
         "data_identifier": f"{plans['plans_name']}_{ISO}",
-        "spacing": [1.0, 1.0, 1.0],
-        "patch_size": list(MULTITALENT_PATCH),
-        "batch_size": MULTITALENT_BATCH,
+        "spacing": list(DataConfig.spacing_mm),
+        "patch_size": list(DataConfig.patch_size),
+        "batch_size": DataConfig.batch_size,
         "batch_dice": False,
         "normalization_schemes": schemes,
         "use_mask_for_norm": [False] * len(schemes),

@@ -13,8 +13,9 @@ from typing import Any, Literal
 
 from panther_jax.base.command import UsageError
 from panther_jax.base.files import read_json
+from panther_jax.base.folds import ALL, FOLD_ALL, choose_folds
 from panther_jax.config.schema import CHECKPOINTS
-from panther_jax.evaluation.folds import file_ending
+from panther_jax.evaluation.folds import SEEN, file_ending
 from panther_jax.evaluation.metrics import PANTHER_METRICS, class_key, scored_label
 from panther_jax.images.splits import SPLITS, read_splits
 from panther_jax.plans.labels import Labels
@@ -97,6 +98,11 @@ class FoldRecord:
     notices: tuple[str, ...]
 
     @property
+    def saw_its_cases(self) -> bool:
+        """Whether the validated cases are those that the fold was trained on."""
+        return self.name == FOLD_ALL
+
+    @property
     def finished(self) -> bool:
         """Tell whether training and validation came to their end."""
         return self.info.get("finished") is True
@@ -176,9 +182,17 @@ def read_runs(paths: Sequence[Path]) -> tuple[RunRecord, ...]:
                 known.append(fold)
     names = _distinct([run.parts for run in grouped])
     return tuple(
-        _read_run(run, name, sorted(folds, key=lambda f: _fold_order(f.name)))
+        _read_run(run, name, _chosen(run, folds))
         for (run, folds), name in zip(grouped.items(), names, strict=True)
     )
+
+
+def _chosen(run: Path, folds: Sequence[Path]) -> list[Path]:
+    """The numbered folds in order; the fold of all cases only if there is no other."""
+    by_name = {f.name.removeprefix("fold_"): f for f in folds}
+    numbered = choose_folds(run, tuple(by_name), by="alone")
+    others = [n for n in by_name if not n.isdecimal() and n != ALL]
+    return [by_name[n] for n in dict.fromkeys((*numbered, *sorted(others)))]
 
 
 def _fold_folders(path: Path) -> list[Path]:
@@ -278,6 +292,8 @@ def _read_fold(folder: Path, labels: Labels | None, config: Mapping[str, Any]) -
     info = _read_object(folder / "run.json", notices)
     rows = read_epochs(folder / "metrics.jsonl", notices)
     validations: dict[str, Validation] = {}
+    if folder.name == FOLD_ALL:
+        notices.append(SEEN)
     for checkpoint in CHECKPOINTS:
         validation = _read_validation(folder / f"validation_{checkpoint}", labels, notices)
         if validation is not None:

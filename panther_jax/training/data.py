@@ -18,8 +18,6 @@ from panther_jax.training.options import Options
 
 LOGGER = logging.getLogger("panther_jax")
 DEMO_CASES = 15
-DEMO_SEEDS = {"t2": 0, "t1": 1, "ct": 2}
-"""Other patients in every modality: a stage must not have seen those that a later one validates."""
 
 
 # ---------------------------------------------------------------------------------------- data
@@ -34,7 +32,7 @@ def prepare_store(settings: TrainConfig, options: Options, places: Places) -> St
     elif options.demo:
         folder = _phantoms(settings, places)
     else:
-        folder = places.raw(settings.data.dataset)
+        folder = places.raw(settings.data.dataset, source=settings.data.source)
     raw = raw_dataset.open_raw(folder)
     name = folder.resolve().name
     out = places.store(name, settings.data.data_identifier)
@@ -80,7 +78,7 @@ def _phantoms(settings: TrainConfig, places: Places) -> Path:
                 folder,
                 modality=settings.data.modality,
                 num_cases=DEMO_CASES,
-                seed=DEMO_SEEDS[settings.data.modality],
+                seed=phantom_dataset.PATIENTS[settings.data.modality],
                 progress=_case_lines("made"),
             )
     return folder

@@ -65,7 +65,7 @@ def resolve(
     if options.init is not None:
         bundle = None if options.init == "none" else options.init
         settings = dataclasses.replace(
-            settings, init=dataclasses.replace(settings.init, bundle=bundle)
+            settings, init=dataclasses.replace(settings.init, bundle=bundle, source="")
         )
     settings = loading.apply_overrides(settings, overrides, prog="python -m panther_jax.train")
     return settings, source
@@ -97,7 +97,8 @@ def execute(
     )
     if options.dry_run:
         return describe(settings, options, places, workdir)
-    bundle = named_start(settings.init.bundle, places) if settings.init.bundle else None
+    init = settings.init
+    bundle = named_start(init.bundle, places, source=init.source) if init.bundle else None
     try:
         store = _one_by_one("store", lambda: prepare_store(settings, options, places))
         if options.prepare_only:

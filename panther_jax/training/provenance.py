@@ -5,6 +5,7 @@ import platform
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,8 @@ import panther_jax
 from panther_jax.base.files import read_object, write_json
 from panther_jax.config.loading import ConfigSource
 from panther_jax.config.schema import TrainConfig
+from panther_jax.store.identity import store_identity
+from panther_jax.store.store import Store
 from panther_jax.training.options import Options
 
 
@@ -33,6 +36,17 @@ def record(folder: Path, entries: dict[str, Any]) -> None:
     path = folder / "run.json"
     known = read_object(path) if path.is_file() else {}
     write_json(path, {**known, **entries})
+
+
+def beginning(
+    config: TrainConfig, store: Store, starting_weights: Mapping[str, Any] | None
+) -> dict[str, Any]:
+    """What a fold began with: its config, starting weights, and the data of its store."""
+    return {
+        "config": config.to_json(),
+        "starting_weights": starting_weights,
+        "data_sha256": store_identity(store.folder),
+    }
 
 
 def _provenance(settings: TrainConfig, source: ConfigSource, options: Options) -> dict[str, Any]:

@@ -5,11 +5,12 @@ Label maps, nnU-Net's ``summary.json`` and the PANTHER metrics, ``panther.json``
 
 import json
 import logging
+import re
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import numpy as np
@@ -22,7 +23,6 @@ from panther_jax.config.schema import ValidationConfig
 from panther_jax.devices import mesh, processes
 from panther_jax.evaluation import metrics
 from panther_jax.images import imageio
-from panther_jax.images.merging import TASK1_CASE
 from panther_jax.inference import export
 from panther_jax.inference.sliding_window import Predictor, make_predictor
 from panther_jax.network.unet import Net, apply
@@ -176,10 +176,11 @@ def validate_checkpoints(
     settings: ValidationConfig,
     mirror_axes: tuple[int, ...],
     case_ids: Sequence[str],
+    trained_on: Sequence[str] = (),
 ) -> str:
     """Validate cases with each checkpoint asked for, into ``folder/validation_<name>``.
 
-    Returns the tables of Dice as text.
+    Returns the tables of Dice as text, which say how many cases are of those ``trained_on``.
 
     Raises:
         CheckpointError: if a checkpoint is missing.
@@ -209,30 +210,34 @@ def validate_checkpoints(
             progress=lambda case, done, _total, bar=progress: bar.update(done, case),
         )
         progress.close()
-        text = results_table(store, summary)
+        text = results_table(store, summary, seen=len({*case_ids} & {*trained_on}))
         parts.append(f"{target} ({name} checkpoint, step {counters.step})\n{text}")
     return "\n\n".join(parts)
 
 
-def cases_to_validate(case_ids: Sequence[str], which: Literal["all", "task2"]) -> tuple[str, ...]:
-    """The validation cases of a fold that are asked for (spec 03 §7.4).
+def cases_to_validate(case_ids: Sequence[str], which: str) -> tuple[str, ...]:
+    """The validation cases of a fold that are asked for: all, or those that a pattern matches.
 
     Raises:
         ValueError: if none is left.
     """
     if which == "all":
         return tuple(case_ids)
-    chosen = tuple(c for c in case_ids if not TASK1_CASE.fullmatch(c))
+    chosen = tuple(c for c in case_ids if re.fullmatch(which, c))
     if not chosen:
         raise ValueError(
-            "validation.cases is task2, but all cases to validate are of task 1 (..._0001)\n"
-            "  Train on a combined data set, or validate all cases with --validation.cases all."
+            f"validation.cases is {which!r}, which the name of no case to validate matches, e.g. "
+            f"{', '.join(case_ids[:3])}\n  Correct the pattern, or validate all cases with "
+            "--validation.cases all."
         )
     return chosen
 
 
-def results_table(store: Store, summary: Mapping[str, Any]) -> str:
-    """Dice of each case and class as text, with the mean in the last row."""
+def results_table(store: Store, summary: Mapping[str, Any], *, seen: int = 0) -> str:
+    """Dice of each case and class as text, with the mean in the last row.
+
+    ``seen`` cases of them were trained on.
+    """
     classes = store.labels.classes
     keys = [metrics.class_key(value) for _, value in classes]
     rows = [
@@ -242,8 +247,16 @@ def results_table(store: Store, summary: Mapping[str, Any]) -> str:
         ]
         for case in summary["metric_per_case"]
     ]
-    rows.append(["mean", *(_cell(summary["mean"][key]["Dice"]) for key in keys)])
-    return table(["Dice", *(name for name, _ in classes)], rows)
+    rows.append(
+        [
+            "mean (trained on)" if seen else "mean",
+            *(_cell(summary["mean"][key]["Dice"]) for key in keys),
+        ]
+    )
+    note = f"\n{seen} of {len(rows) - 1} cases were trained on: no estimate for new cases" * bool(
+        seen
+    )
+    return table(["Dice", *(name for name, _ in classes)], rows) + note
 
 
 def _cell(value: float) -> str:

@@ -2,6 +2,7 @@
 
 import logging
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,9 @@ from panther_jax.training.options import Options
 LOGGER = logging.getLogger("panther_jax")
 FREE_SECTIONS = ("log", "validation", "devices")
 """Config sections that may change between sessions of a run: they do not touch the training."""
-FREE_DATA_FIELDS = ("resident", "num_threads", "prefetch_batches")
+FREE_DATA_FIELDS = ("resident", "num_threads", "prefetch_batches", "source")
 """Likewise: how batches get to the device, not what they hold."""
+FREE_INIT_FIELDS = ("source",)
 
 
 # ------------------------------------------------------------------------------ work directory
@@ -38,7 +40,7 @@ def open_workdir(
     config_path, plans_path = workdir / "config.json", workdir / "plans.json"
     if not fresh and config_path.is_file():
         stored = _stored_config(config_path).to_json()
-        changed = loading.differences(_fixed(stored), _fixed(settings.to_json()))
+        changed = config_changes(stored, settings.to_json())
         if changed and not options.allow_config_change:
             raise ConfigError(
                 f"{workdir} belongs to a run with another config (stored -> now):\n  "
@@ -71,6 +73,15 @@ def _stored_config(path: Path) -> TrainConfig:
         ) from None
 
 
-def _fixed(settings: dict[str, Any]) -> dict[str, Any]:
-    fixed = {k: v for k, v in settings.items() if k not in FREE_SECTIONS}
-    return {**fixed, "data": {k: v for k, v in fixed["data"].items() if k not in FREE_DATA_FIELDS}}
+def config_changes(stored: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """Lines ``field: stored -> now`` of the fields that decide what is trained, as JSON configs."""
+    return loading.differences(_fixed(stored), _fixed(now))
+
+
+def _fixed(settings: Mapping[str, Any]) -> dict[str, Any]:
+    free = {"data": FREE_DATA_FIELDS, "init": FREE_INIT_FIELDS}
+    return {
+        section: {k: v for k, v in fields.items() if k not in free.get(section, ())}
+        for section, fields in settings.items()
+        if section not in FREE_SECTIONS
+    }

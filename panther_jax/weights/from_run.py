@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import panther_jax
 from panther_jax.base.errors import PantherError
 from panther_jax.base.files import read_object
+from panther_jax.base.folds import ALL, choose_folds
 from panther_jax.plans.plans import Plans
 
 if TYPE_CHECKING:  # JAX loads when there is something to do: --help must be quick
@@ -26,10 +27,11 @@ def make_bundle(
     checkpoint: "Kind" = "final",
     overwrite: bool = False,
 ) -> tuple[str, ...]:
-    """Write the weights of a run's folds (default: all of them) as a bundle; returns the folds.
+    """Write the weights of a run's folds (default: all numbered) as a bundle; returns the folds.
 
     Raises:
-        BundleError: if the folder is no run, a fold is missing or has no such checkpoint.
+        BundleError, FoldsError: if the folder is no run, a fold is missing or has no such
+            checkpoint.
         CheckpointError: if a checkpoint cannot be read or ``out`` exists or cannot be written.
     """
     from panther_jax.base.files import refuse_existing
@@ -52,6 +54,7 @@ def make_bundle(
             "checkpoint": checkpoint,
             "step": counters.step,
             "metrics": _scores(run / f"fold_{fold}" / f"validation_{checkpoint}"),
+            **({"metrics_of": "cases that were trained on"} if fold == ALL else {}),
         }
     plans, dataset = read_object(run / "plans.json"), read_object(run / "dataset.json")
     axes = run_mirror_axes(run, Plans.from_nnunet(plans, dataset))
@@ -76,29 +79,12 @@ def trained_folds(run: Path, wanted: Sequence[str] = ()) -> tuple[str, ...]:
     """Names of the folds of a run, or of those wanted.
 
     Raises:
-        BundleError: if the folder is no run, or lacks one of them.
+        BundleError, FoldsError: if the folder is no run, or lacks one of them.
     """
     if not (run / "config.json").is_file():
         raise BundleError(f"{run} is not a run: it holds no config.json")
     present = sorted(p.parent.name.removeprefix("fold_") for p in run.glob("fold_*/checkpoints"))
     return choose_folds(run, present, wanted)
-
-
-def choose_folds(
-    folder: Path, present: Sequence[str], wanted: Sequence[str] = ()
-) -> tuple[str, ...]:
-    """The folds wanted of those a model has, or all of them.
-
-    Raises:
-        BundleError: naming those that are missing.
-    """
-    missing = [fold for fold in wanted if fold not in present]
-    if missing or not present:
-        raise BundleError(
-            f"{folder} has no fold {', '.join(missing) or 'with checkpoints'}; there are: "
-            f"{', '.join(present) or 'none'}"
-        )
-    return tuple(wanted or present)
 
 
 def run_mirror_axes(run: Path, plans: Plans) -> tuple[int, ...]:

@@ -12,6 +12,7 @@ import numpy as np
 
 from panther_jax.base.errors import PantherError
 from panther_jax.base.files import read_object
+from panther_jax.base.folds import choose_folds
 from panther_jax.config.schema import CheckpointName
 from panther_jax.network.unet import Params, param_shapes, walk
 from panther_jax.plans.labels import Labels
@@ -64,8 +65,8 @@ def load_model(
 ) -> Model:
     """Read a run's work directory, a bundle, or an nnU-Net model folder.
 
-    No ``folds`` means all that are there (of nnU-Net, all numbered ones). A bundle holds one
-    checkpoint a fold, whichever that is.
+    ``folds`` as in :func:`panther_jax.base.folds.choose_folds`: none means all numbered ones. A
+    bundle holds one checkpoint a fold, whichever that is.
 
     Raises:
         FileNotFoundError, ValueError, CheckpointError: naming what is missing, damaged or misfit.
@@ -111,19 +112,11 @@ def _load_run(folder: Path, folds: Sequence[str], checkpoint: CheckpointName) ->
         for p in sorted(folder.glob("fold_*/checkpoints"))
     }
     ready = [fold for fold, found in present.items() if found.steps(checkpoint)]
-    missing = [fold for fold in folds if fold not in ready]
-    if missing or not ready:
-        raise ModelError(
-            f"{folder} has no {checkpoint} checkpoint of fold {', '.join(missing) or '0'}; there "
-            f"are those of: {', '.join(ready) or 'none'}\n"
-            "  Train the fold to its end, or choose others with --folds and --checkpoint."
-        )
+    chosen = choose_folds(folder, ready, folds, what=f"{checkpoint} checkpoint of fold")
     if not folds and len(ready) < len(present):
         unfinished = sorted(set(present) - set(ready))
         LOGGER.warning("%s: fold %s has no %s checkpoint and is left out", folder,
                        ", ".join(unfinished), checkpoint)  # fmt: skip
-    # as of nnU-Net's folders: a fold of all cases only if there is no other
-    chosen = tuple(folds or [fold for fold in ready if fold.isdigit()] or ready)
     params = []
     for fold in chosen:
         found = present[fold].read_params(checkpoint)
@@ -159,23 +152,12 @@ def _load_bundle(folder: Path, folds: Sequence[str], checkpoint: CheckpointName)
     if checkpoint != "final":
         LOGGER.info("%s is a bundle: it holds one checkpoint a fold, which is taken", folder)
     dataset, plans_json = read_object(folder / "dataset.json"), read_object(folder / "plans.json")
-    chosen = _choose(folder, tuple(bundle.params), folds)
+    if tuple(bundle.params) == ("",) and set(folds) - {"all"}:
+        raise ModelError(f"{folder} is a single model without folds; leave out --folds")
+    chosen = choose_folds(folder, tuple(bundle.params), folds)
     params = tuple(bundle.params[fold] for fold in chosen)
     axes = bundle.mirror_axes
     return Model("", bundle.plans, bundle.labels, dataset, plans_json, axes, chosen, params)
-
-
-def _choose(folder: Path, present: Sequence[str], wanted: Sequence[str]) -> tuple[str, ...]:
-    if tuple(present) == ("",):
-        if wanted:
-            raise ModelError(f"{folder} is a single model without folds; leave out --folds")
-        return ("",)
-    missing = [fold for fold in wanted if fold not in present]
-    if missing:
-        raise ModelError(
-            f"{folder} has no fold {', '.join(missing)}; there are: {', '.join(present)}"
-        )
-    return tuple(wanted or present)
 
 
 def _load_nnunet(

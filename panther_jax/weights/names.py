@@ -43,13 +43,15 @@ def resolve_model(name_or_path: str | Path, root: Path) -> Path:
     raise ModelNotFound(_how_to_get(entry, root))
 
 
-def named_start(name: str, where: Places) -> Path:
+def named_start(name: str, where: Places, *, source: str = "") -> Path:
     """The folder of starting weights: a known name's, else a bundle's as ``where`` has it.
+
+    ``source`` says how to get that bundle.
 
     Raises:
         FileNotFoundError, AmbiguousModel: with what to do.
     """
-    return resolve_model(name, where.root) if name in KNOWN else where.bundle(name)
+    return resolve_model(name, where.root) if name in KNOWN else where.bundle(name, source=source)
 
 
 def published_checkpoint(*names: str | Path) -> str | None:

@@ -6,6 +6,7 @@ import json
 import pytest
 
 from panther_jax.config import demo, loading, schema
+from panther_jax.panther.cases import TASK2_CASE
 
 MINIMAL = """
 from panther_jax.config import DataConfig, TrainConfig
@@ -95,7 +96,9 @@ def test_variants_of_the_t2_stage():
         0.99,
     )
     assert default.data.patch_size == (192, 192, 192) and default.loop.epochs == 1000
-    assert default.init == schema.InitConfig(bundle="ct_pancreas", stem="reinit")
+    assert (default.init.bundle, default.init.stem) == ("mri_t1", "reinit")
+    from_ct, _ = loading.load_config("mri_t2:init=ct")
+    assert from_ct.init.bundle == "ct_pancreas" and "bundle" in from_ct.init.source
     for wrong in ("aug=fancy", "epochs=many", "schedule=linear", "init=ct2"):
         with pytest.raises(schema.ConfigError, match=wrong.split("=")[1]):
             loading.load_config(f"mri_t2:{wrong}")
@@ -106,7 +109,7 @@ def test_variants_of_the_t2_stage():
     [
         ("ct_pancreas", "Dataset999_PancreasPretrain", "ct", "multitalent", 4),
         ("mri_t1", "Dataset901_PANTHER", "t1", "ct_pancreas", 2),
-        ("mri_t2", "Dataset902_PANTHER_HR", "t2", "ct_pancreas", 2),
+        ("mri_t2", "Dataset902_PANTHER_HR", "t2", "mri_t1", 2),
         ("mri_combined", "Dataset903_PANTHER_COMBINED", "t2", "ct_pancreas", 2),
         (
             "mri_combined_tumor_only",
@@ -120,7 +123,8 @@ def test_variants_of_the_t2_stage():
 def test_stages_share_the_recipe_and_differ_in_their_data(name, dataset, modality, bundle, batch):
     stage, _ = loading.load_config(name)
     assert (stage.data.dataset, stage.data.modality) == (dataset, modality)
-    assert stage.init == schema.InitConfig(bundle=bundle, stem="reinit")
+    assert (stage.init.bundle, stage.init.stem) == (bundle, "reinit")
+    assert "data/weights/" in stage.init.source and stage.data.source
     assert stage.data.batch_size == batch
     foundation, _ = loading.load_config("multitalent")
     assert stage.arch == foundation.arch
@@ -131,7 +135,7 @@ def test_stages_share_the_recipe_and_differ_in_their_data(name, dataset, modalit
     variant, _ = loading.load_config(
         f"{name}:val=task2,aug=da5_fork,warmup=15,schedule=poly_warmup"
     )
-    assert variant.validation.cases == "task2" and variant.augment.policy == "da5_fork"
+    assert variant.validation.cases == TASK2_CASE and variant.augment.policy == "da5_fork"
     assert (variant.optim.warmup_epochs, variant.optim.schedule) == (15, "poly_warmup")
     docstring = source_of(name).split('"""')[1]
     for heading in ("Launch:", "Arguments:", "Expected:", "Duration:", "Memory:"):

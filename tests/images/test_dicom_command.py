@@ -10,7 +10,7 @@ import pydicom
 import pytest
 from dicom_readers import grid, masks_of_rtstruct, masks_of_seg, require_equal
 from dicom_scans import LABELS, PRIVATE, scan
-from test_members import write_bundle
+from weight_files import write_bundle
 
 from panther_jax import predict
 from panther_jax.images import dicom_series, dicom_tasks, imageio

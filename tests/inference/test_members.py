@@ -7,6 +7,7 @@ import weight_files as made
 from weight_files import write_bundle
 
 from panther_jax.base.errors import CheckpointError
+from panther_jax.base.folds import FoldsError
 from panther_jax.ensembles.specification import EnsembleError, EnsembleSpec, MemberSpec
 from panther_jax.inference import members
 from panther_jax.network.unet import walk
@@ -39,10 +40,10 @@ def test_a_run(run):
 
 
 def test_a_run_without_the_fold_or_checkpoint(run, tmp_path):
-    with pytest.raises(ModelError, match="no final checkpoint of fold 3; there are those of: 0"):
+    with pytest.raises(FoldsError, match="no final checkpoint of fold 3; there are: 0"):
         load_model(run[0], folds=("3",))
     made.write_run(tmp_path / "short", made.RESIDUAL, kinds={"best": 1})
-    with pytest.raises(ModelError, match="(?s)no final checkpoint.*--checkpoint"):
+    with pytest.raises(FoldsError, match="(?s)no final checkpoint.*--checkpoint"):
         load_model(tmp_path / "short")
     assert load_model(tmp_path / "short", checkpoint="best").folds == ("0",)
 
@@ -63,7 +64,7 @@ def test_a_bundle(tmp_path):
     assert (model.name, model.folds, model.mirror_axes) == ("b", ("0", "1"), (0, 2))
     assert equal_trees(model.params[1], made.random_params(made.RESIDUAL, 1))
     assert load_model(tmp_path / "b", folds=("1",)).folds == ("1",)
-    with pytest.raises(ModelError, match="no fold 7; there are: 0, 1"):
+    with pytest.raises(FoldsError, match="no fold 7; there are: 0, 1"):
         load_model(tmp_path / "b", folds=("7",))
     assert load_model(write_bundle(tmp_path / "single", folds=("",))).folds == ("",)
     with pytest.raises(ModelError, match="configuration '3d_fullres', not '2d'"):
@@ -94,8 +95,8 @@ def test_an_nnunet_model_folder(tmp_path):
     model = load_model(folder)
     assert (model.folds, model.mirror_axes) == (("0", "1"), (0, 1, 2))
     assert equal_trees(model.params[1], made.random_params(made.RESIDUAL, 1))
-    assert load_model(folder, folds=("all",)).folds == ("all",)
-    with pytest.raises(FileNotFoundError, match="no checkpoint_final.pth for fold"):
+    assert load_model(folder, folds=("fold_all",)).folds == ("all",)
+    with pytest.raises(FoldsError, match="no checkpoint_final.pth of fold 4"):
         load_model(folder, folds=("4",))
     (folder / "plans.json").write_text(json.dumps(made.make_plans(made.PLAIN).to_nnunet()))
     with pytest.raises(ValueError, match="checkpoint_final.pth"):

@@ -275,6 +275,30 @@ def test_splits_of_merged_sets(tmp_path):
         merging.merged_splits(raws)
 
 
+def test_cases_without_a_label_are_left_out(tmp_path, capsys):
+    a = named_raw(tmp_path / "Dataset001_A", ["a1", "a2", "a3"])
+    coding = {"background": 0, "pancreas": 1, "tumor": 2}  # the label is found by its name
+    b = named_raw(tmp_path / "Dataset002_B", [f"b{i}" for i in range(6)], labels=coding)
+    for folder, case, value in ((a, "a2", 1), (b, "b0", 2), (b, "b4", 2)):
+        path = folder / "labelsTr" / f"{case}.mha"
+        label, geometry = imageio.read_label(path)
+        label[label == value] = 0
+        imageio.write_label(path, label, geometry)
+    out = tmp_path / "Dataset999"
+    (a / "splits_final.json").write_text(json.dumps([{"train": ["a1", "a2"], "val": ["a3"]}]))
+    (b / "splits_final.json").write_text(json.dumps([{"train": ["b1", "b0"], "val": ["b4", "b5"]}]))
+    assert run("merge", "--inputs", a, b, "--out", out, "--with-label", "tumor") == 0
+    assert "Dataset002_B: 4 of 6 cases hold tumor" in capsys.readouterr().err
+    raw = raw_dataset.open_raw(out)
+    assert [c.id for c in raw.cases] == ["a1", "a3", "b1", "b2", "b3", "b5"]
+    assert raw.dataset["numTraining"] == 6
+    assert splits.read_splits(out / "splits_final.json") == ((("a1", "b1"), ("a3", "b5")),)
+    assert run("merge", "--inputs", a, b, "--out", tmp_path / "x", "--with-label", "duct") == 1
+    assert "no label 'duct'; there are: background, tumor, pancreas" in capsys.readouterr().err
+    assert run("merge", "--inputs", a, b, "--out", out) == 1  # another conversion lies there
+    assert "holds another conversion" in capsys.readouterr().err
+
+
 # ------------------------------------------------------------------------- resuming, broken cases
 
 

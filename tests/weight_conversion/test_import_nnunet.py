@@ -20,6 +20,7 @@ from panther_jax.base.errors import (
     CheckpointError,
     PlansError,
 )
+from panther_jax.base.folds import FoldsError
 from panther_jax.network import unet
 from panther_jax.plans.architecture import ArchSpec
 from panther_jax.weights.bundle import load_bundle
@@ -191,8 +192,8 @@ def test_a_damaged_or_foreign_bundle_is_refused(tmp_path):
 def test_folds_are_chosen_as_the_reference_does(tmp_path):
     folder = made.write_model_folder(tmp_path / "m", made.FLAT, ("0", "1", "all"))
     assert list(import_nnunet.read_model_folder(folder).params) == ["0", "1"]
-    assert list(import_nnunet.read_model_folder(folder, folds=["all"]).params) == ["all"]
-    with pytest.raises(FileNotFoundError, match="fold.s. 7; there are 0, 1, all"):
+    assert list(import_nnunet.read_model_folder(folder, folds=["fold_all"]).params) == ["all"]
+    with pytest.raises(FoldsError, match="of fold 7; there are: 0, 1, all"):
         import_nnunet.read_model_folder(folder, folds=["7"])
     with pytest.raises(FileNotFoundError, match="found: fold_0/checkpoint_final.pth"):
         import_nnunet.read_model_folder(folder, checkpoint_name="checkpoint_best.pth")
