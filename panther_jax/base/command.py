@@ -6,6 +6,7 @@ import logging
 import traceback
 from collections.abc import Callable, Sequence
 
+from panther_jax.base import plugins
 from panther_jax.base.console import setup_logging
 
 LOGGER = logging.getLogger("panther_jax")
@@ -38,6 +39,14 @@ def parser(prog: str, description: str, example: str) -> argparse.ArgumentParser
     )
     made.add_argument("--quiet", action="store_true", help="warnings and errors only")
     made.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    made.add_argument(
+        "--plugin",
+        type=plugins.plugin_argument,
+        action="append",
+        metavar="FILE",
+        help="Python file that adds what a config or plans name (docs/extending.md); may be given "
+        f"several times, as {plugins.VARIABLE} may list several",
+    )
     return made
 
 

@@ -11,6 +11,7 @@ from panther_jax.config.loading import (
     load_config,
 )
 from panther_jax.config.schema import (
+    LOSSES,
     ArchConfig,
     AugmentConfig,
     CheckpointName,
@@ -28,6 +29,7 @@ from panther_jax.config.schema import (
 )
 
 __all__ = [
+    "LOSSES",
     "ArchConfig",
     "AugmentConfig",
     "CheckpointName",

@@ -2,8 +2,11 @@
 
 import dataclasses
 import typing
+from collections.abc import Callable
 from dataclasses import dataclass, field, is_dataclass
 from typing import Any, Literal
+
+from panther_jax.base.registry import Registry
 
 Policy = Literal[
     "default",
@@ -21,6 +24,12 @@ Policy = Literal[
     "da5_fork_seg_ord0",
 ]
 CheckpointName = Literal["final", "best"]
+LOSSES: Registry[Callable[..., Any]] = Registry(
+    "loss",
+    remedy="Add one of your own in your config file: @panther_jax.config.LOSSES.add('NAME') above "
+    "a function of (logits, target, config, about), see panther_jax.training.losses",
+)
+"""Losses by name; those of the package are in `training.losses`, which puts them here."""
 
 
 class ConfigError(ValueError):
@@ -120,8 +129,9 @@ class ArchConfig:
 class LossConfig:
     """The loss at one resolution, and how resolutions are weighted (spec 03 §2)."""
 
-    kind: Literal["dice_ce", "dice", "ce", "topk", "dice_topk"] = "dice_ce"
-    """Dice + cross entropy (binary cross entropy for regions), or a variant of it."""
+    kind: str = "dice_ce"
+    """Dice + cross entropy (binary cross entropy for regions), a variant of it (dice, ce, topk,
+    dice_topk), or a loss that the config file adds."""
     weight_ce: float = 1.0
     """Weight of the cross-entropy term."""
     weight_dice: float = 1.0
