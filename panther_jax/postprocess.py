@@ -14,7 +14,8 @@ from panther_jax.evaluation.postprocessing import (
     postprocess_files,
     read_postprocessing,
 )
-from panther_jax.images.raw_dataset import SUPPORTED_ENDINGS, read_dataset_json
+from panther_jax.images.formats import FORMATS
+from panther_jax.images.raw_dataset import read_dataset_json
 from panther_jax.plans.labels import Labels
 
 LOGGER = logging.getLogger("panther_jax")
@@ -85,7 +86,7 @@ def _determine(arguments: argparse.Namespace) -> str:
 
 def _apply(arguments: argparse.Namespace) -> str:
     steps = read_postprocessing(arguments.postprocessing)
-    paths = _label_maps(arguments.input, SUPPORTED_ENDINGS)
+    paths = _label_maps(arguments.input, FORMATS.names)
     output: Path = arguments.output
     if output.resolve() == arguments.input.resolve():
         raise command.UsageError("--output must be another folder than --input")

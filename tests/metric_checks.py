@@ -1,5 +1,7 @@
 """Comparison of nested metrics with expected ones."""
 
+import numpy as np
+
 RELATIVE = 1e-9
 RELATIVE_FLOAT32_SPACING = 1e-6
 
