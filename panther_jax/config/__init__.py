@@ -27,9 +27,11 @@ from panther_jax.config.schema import (
     TrainConfig,
     ValidationConfig,
 )
+from panther_jax.plans.architecture import NETWORKS
 
 __all__ = [
     "LOSSES",
+    "NETWORKS",
     "ArchConfig",
     "AugmentConfig",
     "CheckpointName",

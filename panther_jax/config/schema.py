@@ -111,8 +111,8 @@ class AugmentConfig:
 class ArchConfig:
     """The network, but for its input and output channels, which the data set decides."""
 
-    network: Literal["ResidualEncoderUNet", "PlainConvUNet"] = "ResidualEncoderUNet"
-    """Residual-encoder or plain U-Net."""
+    network: str = "ResidualEncoderUNet"
+    """Residual-encoder or plain U-Net (PlainConvUNet), or a network that the config file adds."""
     features: tuple[int, ...] = (32, 64, 128, 256, 320, 320)
     """Channels an encoder stage, highest resolution first."""
     kernel_sizes: tuple[tuple[int, ...], ...] = ((3, 3, 3),) * 6

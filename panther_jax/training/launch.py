@@ -19,6 +19,7 @@ from panther_jax.config.loading import ConfigSource
 from panther_jax.config.places import Places
 from panther_jax.config.schema import ConfigError, TrainConfig
 from panther_jax.planner import from_config
+from panther_jax.plans.architecture import NETWORKS
 from panther_jax.preprocessing.normalization import NORMALIZATIONS
 from panther_jax.training.data import prepare_store
 from panther_jax.training.options import Fold, Options, Result, TrainFold, parse
@@ -82,6 +83,8 @@ def require_known(settings: TrainConfig) -> None:
     from panther_jax.training.losses import require_loss
 
     require_loss(settings.loss)
+    if settings.arch.network not in NETWORKS.names:
+        raise ConfigError(f"arch.network: {NETWORKS.unknown(settings.arch.network)}")
     for scheme in settings.data.normalization or ():
         if scheme not in NORMALIZATIONS.names:
             raise ConfigError(f"data.normalization: {NORMALIZATIONS.unknown(scheme)}")
