@@ -80,9 +80,9 @@ def test_a_normalisation_from_preprocessing_to_prediction(folder):
         folder, "preprocess", "--raw", "raw/Dataset001_Mine", "--config", "my_percentile.py",
         "--out", "store", "--workers", "2",
     )  # fmt: skip
-    from panther_jax.store.store import Store, read_stored
+    from panther_jax.store.store import open_store, read_stored
 
-    image = np.asarray(read_stored(Store.open(folder / "store"), "case_0").image)
+    image = np.asarray(read_stored(open_store(folder / "store"), "case_0").image)
     assert 0 <= image.min() < 0.2 and 0.8 < image.max() <= 1
 
     bundle = made.write_bundle(folder / "bundle")
