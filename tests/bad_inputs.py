@@ -1036,6 +1036,7 @@ GALLERY = (
     ("case unknown", "banana", None, "--case banana", 2),
     ("image cut", "case_1_0000.mha", cut(IMAGE), "--case case_1"),
     ("modality unknown", "--modality", None, "--modality pet", 2),
+    ("config missing", "nothing.py", None, "--config nothing.py"),
 )
 PLANNING = (
     ("raw missing", "raw is not a folder", gone("raw")),

@@ -28,7 +28,7 @@ import numpy as np
 
 ROOT = Path(__file__).resolve().parent.parent
 PRELOAD = (
-    "fault_harness", "panther_jax.train", "panther_jax.predict", "panther_jax.prediction",
+    "fault_harness", "panther_jax.train", "panther_jax.predict", "panther_jax.inference.predictor",
     "panther_jax.bundle", "panther_jax.preprocess", "orbax.checkpoint", "grain", "tyro",
     "matplotlib.figure", "SimpleITK", "weight_conversion.export_nnunet",
 )  # fmt: skip

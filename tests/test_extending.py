@@ -44,7 +44,7 @@ def command(folder, name, *arguments, code=0):
 
 def test_every_example_of_the_page_is_run_here():
     text = Path(__file__).read_text(encoding="utf-8")
-    assert len(EXAMPLES) == PAGE.count("```python") == 5
+    assert len(EXAMPLES) == PAGE.count("```python") == 6
     assert all(text.count(name) for name in EXAMPLES)
 
 
@@ -96,6 +96,23 @@ def test_a_normalisation_from_preprocessing_to_prediction(folder):
     assert "unknown normalization 'Percentile'" in told and "--plugin FILE" in told
     command(folder, *predict, "--plugin", "my_percentile.py")
     assert (folder / "out.nii.gz").is_file()
+
+
+def test_a_transform(folder):
+    code = """
+import jax, jax.numpy as jnp, numpy as np
+from panther_jax.augment.recipes import find_policy
+from panther_jax.config import load_config
+name = load_config("my_posterize.py")[0].augment.policy
+policy, default = find_policy(name), find_policy("default")
+added = policy.transforms[-1]
+assert policy.transforms[:-1] == default.transforms
+x = jnp.array([[[0.12, 0.26, -0.49]]], jnp.float32)
+np.testing.assert_allclose(added.apply(x, jnp.float32(0.2)), [[[0.2, 0.2, -0.4]]], atol=1e-6)
+"""
+    run(folder, "-c", code)
+    shown = command(folder, "train", "--config", "my_posterize.py", "--dry-run")
+    assert '"policy": "posterized"' in shown
 
 
 def test_an_image_format(folder):

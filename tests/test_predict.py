@@ -8,10 +8,12 @@ import jax
 import numpy as np
 import pytest
 import weight_files as made
+from tiny import TURNED, write_scan
 from weight_files import write_bundle
 
 from panther_jax import predict
-from panther_jax.base import errors
+from panther_jax.base import command
+from panther_jax.base.errors import DatasetError
 from panther_jax.devices import memory
 from panther_jax.ensembles.combination import equal_weights
 from panther_jax.ensembles.specification import Decision, EnsembleSpec, MemberSpec, write_ensemble
@@ -19,13 +21,11 @@ from panther_jax.images import cases, imageio
 from panther_jax.images.geometry import geometry_differences
 from panther_jax.inference import loading, tiles
 from panther_jax.inference import predictor as predictor_module
-from panther_jax.inference.folder import LOGGER, command, predict_cases, predict_folder
+from panther_jax.inference.folder import LOGGER, predict_cases, predict_folder
 from panther_jax.network.unet import Execution, Net, apply
 from panther_jax.plans import labels
 from panther_jax.plans.geometry import Geometry, Properties
 from panther_jax.store.pickles import read_pickle
-
-TURNED = (0.0, 1.0, 0.0, -1.0, 0.0, 0.0, 0.0, 0.0, 1.0)
 
 
 @pytest.fixture(scope="module")
@@ -319,9 +319,9 @@ def test_nothing_to_predict(predictor, tmp_path):
     with pytest.raises(FileNotFoundError, match="does not exist"):
         predict_folder(predictor, tmp_path / "gone", tmp_path / "o")
     (tmp_path / "x.txt").write_text("")
-    with pytest.raises(errors.DatasetError, match="holds no image"):
+    with pytest.raises(DatasetError, match="holds no image"):
         predict_folder(predictor, tmp_path, tmp_path / "o")
-    with pytest.raises(errors.DatasetError, match="ending is none of"):
+    with pytest.raises(DatasetError, match="ending is none of"):
         predict_folder(predictor, tmp_path / "x.txt", tmp_path / "o")
 
 

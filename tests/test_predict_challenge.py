@@ -90,7 +90,7 @@ def test_checkpoint_of_the_task_and_settings_reach_the_predictor(tmp_path, monke
         asked.append((model, options))
         raise ValueError("enough")
 
-    monkeypatch.setattr(container, "load", refuse)
+    monkeypatch.setattr(predict_challenge, "load", refuse)
     for task in ("t1", "t2"):
         write_case(tmp_path, task)
         assert run(capsys, "--task", task, "--model", "m", "--input", tmp_path,

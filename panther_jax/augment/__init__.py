@@ -1,1 +1,1 @@
-"""On-device augmentation: every transform is a pair of `sample_*` and `apply_*` (spec 04)."""
+"""On-device augmentation: one class a transform, with `sample` and `apply` (spec 04)."""

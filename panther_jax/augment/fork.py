@@ -1,24 +1,20 @@
 """Transforms of the winning fork's DA5 where they differ from nnU-Net's (spec 04 §5).
 
-Cubic splines for the image and for low resolution, other borders, clipping and rounding. As in
-`intensity`, `apply_*` transforms one channel.
+Cubic splines for the image and for low resolution, other borders, clipping and rounding.
 """
 
+from dataclasses import dataclass
 from functools import partial
+from typing import ClassVar, Literal
 
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Int, Shaped
 
-from panther_jax.augment import local, spatial
-from panther_jax.augment.intensity import (
-    convolve_axis,
-    gaussian_taps,
-    low_resolution_size,
-    mean_and_std,
-)
+from panther_jax.augment import intensity, local, spatial
 
+FAMILY = "the winning fork's DA5"
 # The inverse of the cubic B-spline's samples (1, 4, 1)/6 decays by this factor a voxel.
 _POLE = np.sqrt(3.0) - 2.0
 _REACH = 13  # |pole|^13 = 4e-8, below float32
@@ -81,7 +77,7 @@ def spline_coefficients(volume: Float[Array, "*spatial"]) -> Float[Array, "*spat
     taps = jnp.asarray(_spline_taps(np.arange(-_REACH, _REACH + 1)))
     for axis, size in enumerate(volume.shape):
         if size > 1:
-            volume = convolve_axis(volume, taps, axis, border="reflect")
+            volume = intensity.convolve_axis(volume, taps, axis, border="reflect")
     return volume
 
 
@@ -142,62 +138,97 @@ def resample_label_linear(
     return jnp.where(_between_voxels(grid, label.shape), best, jnp.asarray(-1, label.dtype))
 
 
-def blur_radius(sigma: float) -> int:
-    """Give the number of taps on either side, int(4 sigma + 1/2)."""
-    return int(4 * sigma + 0.5)
+@dataclass(frozen=True, kw_only=True)
+class Warp(spatial.Warp):
+    """Rotation and scaling by cubic splines; half of the scales are below 1."""
+
+    family: ClassVar[str] = FAMILY
+    two_sided_scale: bool = True
+    image_interpolation: spatial.Interpolation = "cubic"
+
+    def resampling(
+        self, *, label_ids: tuple[int, ...] | None = None, pad_label: int = -1
+    ) -> spatial.Resampling:
+        """Give the fork's resampling.
+
+        Raises:
+            ValueError: if `pad_label` is not -1, with which the fork pads labels.
+        """
+        if pad_label != -1:
+            raise ValueError(f"seg_pad_label {pad_label}: the da5_fork policies pad labels with -1")
+        label_ids = None if label_ids is None else (-1, *label_ids)
+        return resampling(self.image_interpolation, self.label_interpolation, label_ids=label_ids)
 
 
-def apply_blur(
-    volume: Float[Array, "*spatial"], sigmas: Float[Array, "axis"], *, max_radius: int = 6
-) -> Float[Array, "*spatial"]:
-    """Blur along each axis in turn with a wider window; edge voxels are repeated at the borders.
+@dataclass(frozen=True, kw_only=True)
+class Blur(intensity.Blur):
+    """Blur with a wider window; edge voxels are repeated at the borders."""
 
-    `max_radius` is the static size of the window: `blur_radius` of the largest possible sigma.
-    """
-    for axis in range(volume.ndim):
-        taps = gaussian_taps(sigmas[axis], jnp.floor(4 * sigmas[axis] + 0.5), max_radius)
-        volume = convolve_axis(volume, taps, axis, border="symmetric")
-    return volume
+    family: ClassVar[str] = FAMILY
+    name: ClassVar[str] = "wide blur"
+    reach: ClassVar[tuple[float, float]] = (4, 0.5)
+    border: ClassVar[Literal["reflect", "symmetric"]] = "symmetric"
 
 
-def apply_low_resolution(
-    volume: Float[Array, "*spatial"], scales: Float[Array, "axis"]
-) -> Float[Array, "*spatial"]:
-    """Down-sample to the nearest voxel, then up-sample by cubic splines, edge voxels repeated.
+@dataclass(frozen=True, kw_only=True)
+class LowResolution(intensity.LowResolution):
+    """Down-sampling to the nearest voxel, up-sampling by cubic splines, edge voxels repeated."""
 
-    The result keeps to the range of the small volume. Both are separable: one matrix an axis.
-    """
-    result, kept = volume, volume
-    for axis, size in enumerate(volume.shape):
-        low_size = low_resolution_size(size, scales[axis])
-        source = jnp.asarray(_kept_voxels(size))[low_size]
-        operator = _up_and_down(source, low_size)
-        product = jnp.tensordot(operator, result, ((1,), (axis,)), precision="highest")
-        result = jnp.moveaxis(product, 0, axis)
-        kept = jnp.take(kept, source, axis, mode="clip")
-    return jnp.clip(result, kept.min(), kept.max())
+    family: ClassVar[str] = FAMILY
+    name: ClassVar[str] = "cubic low res."
 
-
-def apply_gamma(
-    volume: Float[Array, "*spatial"], gamma: Float[Array, ""], *, invert: bool = False
-) -> Float[Array, "*spatial"]:
-    """Raise the rescaled channel to `gamma`, then restore mean and (population) deviation."""
-    if invert:
-        return -apply_gamma(-volume, gamma)
-    mean, std = mean_and_std(volume, ddof=0)
-    low = volume.min()
-    extent = volume.max() - low + 1e-7
-    curved = ((volume - low) / extent) ** gamma * extent + low
-    new_mean, new_std = mean_and_std(curved, ddof=0)
-    return (curved - new_mean) / (new_std + 1e-8) * std + mean
+    def apply(self, volume: Float[Array, "*spatial"], value: Float[Array, "axis"]) -> Array:
+        """Sample down and up: separable, one matrix an axis; keeps to the small volume's range."""
+        result, kept = volume, volume
+        for axis, size in enumerate(volume.shape):
+            low_size = intensity.low_resolution_size(size, value[axis])
+            source = jnp.asarray(_kept_voxels(size))[low_size]
+            operator = _up_and_down(source, low_size)
+            product = jnp.tensordot(operator, result, ((1,), (axis,)), precision="highest")
+            result = jnp.moveaxis(product, 0, axis)
+            kept = jnp.take(kept, source, axis, mode="clip")
+        return jnp.clip(result, kept.min(), kept.max())
 
 
-def apply_sharpen(
-    volume: Float[Array, "*spatial"], strength: Float[Array, ""]
-) -> Float[Array, "*spatial"]:
-    """Subtract the Laplacian times `strength`, zeros beyond the borders; keep the range."""
-    sharpened = local.apply_sharpen(volume, strength, border="constant")
-    return jnp.clip(sharpened, volume.min(), volume.max())
+@dataclass(frozen=True, kw_only=True)
+class Gamma(intensity.Gamma):
+    """Gamma that restores the population's deviation."""
+
+    family: ClassVar[str] = FAMILY
+    name: ClassVar[str] = "gamma, fork"
+
+    def curved(self, volume: Float[Array, "*spatial"], gamma: Float[Array, ""]) -> Array:
+        """Raise to the power `gamma`."""
+        mean, std = intensity.mean_and_std(volume, ddof=0)
+        low = volume.min()
+        extent = volume.max() - low + 1e-7
+        share = (volume - low) / extent
+        curved = intensity.raised(share, gamma, extent) + low
+        new_mean, new_std = intensity.mean_and_std(curved, ddof=0)
+        return (curved - new_mean) / (new_std + 1e-8) * std + mean
+
+
+@dataclass(frozen=True, kw_only=True)
+class BlankRectangles(local.BlankRectangles):
+    """One to five boxes that may reach a full third and never touch voxel 0."""
+
+    family: ClassVar[str] = FAMILY
+    max_count: ClassVar[int] = 5
+    first_voxel: ClassVar[int] = 1
+    below_third: ClassVar[int] = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sharpen(local.Sharpen):
+    """Sharpening with zeros beyond the borders, that keeps the range."""
+
+    family: ClassVar[str] = FAMILY
+    name: ClassVar[str] = "clipped sharpening"
+    border: ClassVar[Literal["edge", "constant"]] = "constant"
+
+    def apply(self, volume: Float[Array, "*spatial"], value: Float[Array, ""]) -> Array:
+        """Subtract the Laplacian times the strength, and clip."""
+        return jnp.clip(super().apply(volume, value), volume.min(), volume.max())
 
 
 def _between_voxels(grid: tuple[Array, ...], sizes: tuple[int, ...]) -> Array:

@@ -1,9 +1,11 @@
 """A sheet of pictures: every augmentation at its extremes, on a phantom or on a scan.
 
 The slice shown is the middle one of a patch around the labelled structures; all panels share one
-grey window, so brightness and contrast can be compared.
+grey window, so brightness and contrast can be compared. What there is to show, the policies and
+their transforms say themselves, those of a user's config, too (`--config`).
 """
 
+import dataclasses
 import io
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -16,8 +18,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from panther_jax.augment import fork, intensity, local, spatial
+from panther_jax.augment import policies, spatial
+from panther_jax.augment.recipes import find_policy
+from panther_jax.augment.transform import PatchGeometry, Transform
 from panther_jax.base import command
+from panther_jax.config import POLICIES, load_config
 from panther_jax.images.phantom import MODALITIES, make_phantom_case
 from panther_jax.images.raw_dataset import Case, open_raw, read_case
 
@@ -29,7 +34,7 @@ DEGREES_30 = np.pi / 6
 OUTLINES = ("#ff5050", "#ffc83c", "#50c8ff", "#78e678")
 
 Volume = Any
-Panel = tuple[str, Callable[[Volume, Volume], tuple[Volume, Volume]]]
+Change = Callable[[Volume, Volume], tuple[Volume, Volume]]
 
 
 @dataclass(frozen=True)
@@ -41,88 +46,44 @@ class Patch:
     label: np.ndarray
 
 
-def panels() -> Iterator[tuple[str, tuple[Panel, ...]]]:
-    """Give the groups of panels: a heading, and titles with functions of (image, label)."""
-    yield "geometry (default, DA5)", _geometry_panels()
-    yield "intensity (default, DA5)", _intensity_panels()
-    yield "local (DA5)", _local_panels()
-    yield "the winning fork's DA5", _fork_panels()
+def panels(
+    patch_size: tuple[int, ...], names: Sequence[str] | None = None
+) -> dict[str, dict[str, Change]]:
+    """Give, by heading and title, functions of (image, label): the extremes of the policies.
+
+    ``names`` are policies, None all that there are; what several have in common is shown once.
+
+    Raises:
+        ValueError: for an unknown policy.
+    """
+    groups: dict[str, dict[str, Change]] = {spatial.FAMILY: {"centre crop": _crop}}
+    for name in POLICIES.names if names is None else names:
+        for family, title, change in _policy_panels(name, patch_size):
+            groups.setdefault(family, {}).setdefault(title, change)
+    groups[spatial.FAMILY] |= {
+        "elastic (in no policy)": _elastic,
+        "mask: 0 where label -1": _masked,
+    }
+    return groups
 
 
-def _geometry_panels() -> tuple[Panel, ...]:
-    none, one = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
-    turn = partial(_moved, spatial.resampling("linear", "linear"))
-    nearest = partial(_moved, spatial.resampling("nearest", "nearest"))
-    return (
-        ("centre crop", _crop),
-        ("rotation -30° in plane", partial(turn, (-DEGREES_30, 0.0, 0.0), one)),
-        ("rotation +30° in plane", partial(turn, (DEGREES_30, 0.0, 0.0), one)),
-        ("rotation +30° all axes", partial(turn, (DEGREES_30,) * 3, one)),
-        ("dummy 2-D: 135°", partial(turn, (0.75 * np.pi, 0.0, 0.0), one)),
-        ("scale 0.7 (larger)", partial(turn, none, (0.7, 0.7, 0.7))),
-        ("scale 1.4 (smaller)", partial(turn, none, (1.4, 1.4, 1.4))),
-        ("DA5 scale 1, 0.7, 1.43", partial(turn, none, (1.0, 0.7, 1.43))),
-        ("ord0: 30°, scale 0.7", partial(nearest, (DEGREES_30, 0.0, 0.0), (0.7, 0.7, 0.7))),
-        ("elastic (in no policy)", _elastic),
-        ("mirror y", partial(_oriented, (0, 1, 2), (False, True, False))),
-        ("mirror x", partial(_oriented, (0, 1, 2), (False, False, True))),
-        ("mirror z", partial(_oriented, (0, 1, 2), (True, False, False))),
-        ("rot90, k = 1", partial(_oriented, (0, 2, 1), (False, True, False))),
-        ("transpose y, x", partial(_oriented, (0, 2, 1), (False, False, False))),
-        ("mask: 0 where label -1", _masked),
+def _policy_panels(name: str, patch_size: tuple[int, ...]) -> Iterator[tuple[str, str, Change]]:
+    policy = find_policy(name)
+    # Three-dimensional: what slice-by-slice transforms do is among the examples.
+    patch = dataclasses.replace(
+        policies.patch_geometry(name, patch_size),
+        dummy_2d=False,
+        rotation_range_rad=(-DEGREES_30, DEGREES_30),
     )
-
-
-def _intensity_panels() -> tuple[Panel, ...]:
-    return (
-        ("noise σ 0.1", _on_image(_noise)),
-        ("blur σ 0.5", _valued(intensity.apply_blur, (0.5, 0.5, 0.5))),
-        ("blur σ 1 (default's max)", _valued(intensity.apply_blur, (1.0, 1.0, 1.0))),
-        ("blur σ 1.5 (DA5's max)", _valued(intensity.apply_blur, (1.5, 1.5, 1.5))),
-        ("brightness × 0.75", _valued(intensity.apply_brightness, 0.75)),
-        ("brightness × 1.25", _valued(intensity.apply_brightness, 1.25)),
-        ("brightness - 1 (2 sd)", _valued(intensity.apply_shift, -1.0)),
-        ("brightness + 1 (2 sd)", _valued(intensity.apply_shift, 1.0)),
-        ("contrast 0.75", _valued(intensity.apply_contrast, 0.75)),
-        ("contrast 1.25", _valued(intensity.apply_contrast, 1.25)),
-        ("DA5 contrast 0.5", _valued(intensity.apply_contrast, 0.5)),
-        ("DA5 contrast 2, clipped", _valued(intensity.apply_contrast, 2.0)),
-        ("DA5 contrast 2, unclipped", _valued(partial(intensity.apply_contrast, clip=False), 2.0)),
-        ("low resolution 0.5", _valued(intensity.apply_low_resolution, (0.5, 0.5, 0.5))),
-        ("DA5 low res. 0.25", _valued(intensity.apply_low_resolution, (0.25, 0.25, 0.25))),
-        ("low res. 0.25, dummy 2-D", _valued(intensity.apply_low_resolution, (1.0, 0.25, 0.25))),
-        ("gamma 0.7", _valued(intensity.apply_gamma, 0.7)),
-        ("gamma 1.5", _valued(intensity.apply_gamma, 1.5)),
-        ("inverted gamma 0.7", _valued(partial(intensity.apply_gamma, invert=True), 0.7)),
-        ("inverted gamma 1.5", _valued(partial(intensity.apply_gamma, invert=True), 1.5)),
-    )
-
-
-def _local_panels() -> tuple[Panel, ...]:
-    return (
-        ("median 2", _on_image(partial(local.median_filter, size=2))),
-        ("median 7", _on_image(partial(local.median_filter, size=7))),
-        ("4 blank rectangles", _on_image(partial(_blanked, count=4))),
-        ("gradient -5", _on_image(partial(_windowed, local.apply_gradient, -5.0))),
-        ("gradient +5", _on_image(partial(_windowed, local.apply_gradient, 5.0))),
-        ("local gamma 0.01", _on_image(partial(_windowed, local.apply_local_gamma, 0.01))),
-        ("local gamma 4", _on_image(partial(_windowed, local.apply_local_gamma, 4.0))),
-        ("sharpening 0.1", _valued(local.apply_sharpen, 0.1)),
-        ("sharpening 1", _valued(local.apply_sharpen, 1.0)),
-    )
-
-
-def _fork_panels() -> tuple[Panel, ...]:
-    cubic = partial(_moved, fork.resampling("cubic", "linear"))
-    return (
-        ("cubic: 30°, scale 0.7", partial(cubic, (DEGREES_30, 0.0, 0.0), (0.7, 0.7, 0.7))),
-        ("blur σ 1.5", _valued(fork.apply_blur, (1.5, 1.5, 1.5))),
-        ("cubic low res. 0.25", _valued(fork.apply_low_resolution, (0.25, 0.25, 0.25))),
-        ("inverted gamma 0.7", _valued(partial(fork.apply_gamma, invert=True), 0.7)),
-        ("inverted gamma 1.5", _valued(partial(fork.apply_gamma, invert=True), 1.5)),
-        ("5 blank rectangles", _on_image(partial(_blanked, count=5))),
-        ("sharpening 1, clipped", _valued(fork.apply_sharpen, 1.0)),
-    )
+    if (warp := policy.warp) is not None:
+        for title, value in warp.examples(patch):
+            yield warp.family, title, partial(_warped, warp, value, patch)
+    for part in filter(None, (policy.mirror, policy.reorientation)):
+        for title, value in part.examples(patch):
+            yield part.family, title, partial(_oriented, part, value)
+    for transform in policy.transforms:
+        for title, value in transform.examples(patch):
+            yield transform.family, title, partial(_transformed, transform, value)
 
 
 def _size(volume: Volume) -> tuple[int, ...]:
@@ -134,24 +95,23 @@ def _crop(image: Volume, label: Volume) -> tuple[Volume, Volume]:
     return spatial.centre_crop(image, size), spatial.centre_crop(label, size, -1)
 
 
-def _on_image(change: Callable[[Volume], Volume]) -> Callable[..., tuple[Volume, Volume]]:
-    def run(image: Volume, label: Volume) -> tuple[Volume, Volume]:
-        image, label = _crop(image, label)
-        return change(image), label
-
-    return run
-
-
-def _valued(apply: Callable[..., Volume], value: Any) -> Callable[..., tuple[Volume, Volume]]:
-    return _on_image(lambda image: apply(image, jnp.asarray(value, jnp.float32)))
-
-
-def _moved(
-    how: spatial.Resampling, angles: Any, scales: Any, image: Volume, label: Volume
+def _warped(
+    warp: spatial.Warp, value: Any, patch: PatchGeometry, image: Volume, label: Volume
 ) -> tuple[Volume, Volume]:
-    draw = spatial.SpatialDraw(jnp.asarray(True), jnp.asarray(angles), jnp.asarray(scales))
-    (image,), label = spatial.apply_spatial((image,), label, draw, patch_size=_size(image), how=how)
+    (image,), label = warp.apply((image,), label, value, patch)
     return image, label
+
+
+def _oriented(part: Any, value: Any, image: Volume, label: Volume) -> tuple[Volume, Volume]:
+    image, label = (part.apply(volume, value) for volume in _crop(image, label))
+    return image, label
+
+
+def _transformed(
+    transform: Transform, value: Any, image: Volume, label: Volume
+) -> tuple[Volume, Volume]:
+    image, label = _crop(image, label)
+    return transform.apply(image, value), label
 
 
 def _elastic(image: Volume, label: Volume) -> tuple[Volume, Volume]:
@@ -164,37 +124,12 @@ def _elastic(image: Volume, label: Volume) -> tuple[Volume, Volume]:
     return spatial.resample_linear(image, grid), spatial.resample_label_linear(label, grid)
 
 
-def _oriented(axes: Any, flips: Any, image: Volume, label: Volume) -> tuple[Volume, Volume]:
-    orientation = spatial.Orientation(jnp.asarray(axes), jnp.asarray(flips))
-    image, label = (spatial.apply_orientation(x, orientation) for x in _crop(image, label))
-    return image, label
-
-
 def _masked(image: Volume, label: Volume) -> tuple[Volume, Volume]:
     image, label = _crop(image, label)
     steps = np.meshgrid(*(np.linspace(-1, 1, n) for n in image.shape[1:]), indexing="ij")
     outside = steps[0] ** 2 + steps[1] ** 2 > 0.8  # as a nonzero mask would have it
     label = jnp.where(outside, -1, label)
     return spatial.apply_mask(image, label), label
-
-
-def _noise(image: Volume) -> Volume:
-    noise = jax.random.normal(jax.random.key(1), image.shape)
-    return intensity.apply_noise(image, jnp.float32(0.1), noise)
-
-
-def _blanked(image: Volume, count: int) -> Volume:
-    # In percent of the patch; in plane a tenth to a third, along z enough to meet the slice shown.
-    lower = np.array([(0, 11, 17), (12, 51, 14), (25, 34, 62), (6, 20, 45), (18, 67, 67)])
-    size = np.array([(97, 33, 23), (81, 23, 33), (69, 33, 33), (88, 17, 14), (75, 28, 17)])
-    lower, size = (x[:count] * np.array(image.shape) // 100 for x in (lower, size))
-    boxes = local.Rectangles(jnp.int32(count), jnp.asarray(lower), jnp.asarray(size))
-    return local.apply_rectangles(image, boxes)
-
-
-def _windowed(apply: Callable[..., Volume], amount: float, image: Volume) -> Volume:
-    centre, width = jnp.asarray([0.5, 0.3, 0.3]), jnp.asarray(image.shape, jnp.float32) / 4
-    return apply(image, local.Window(centre, width, jnp.float32(amount)))
 
 
 def cut_patch(case: Case) -> Patch:
@@ -222,27 +157,28 @@ def cut_patch(case: Case) -> Patch:
     )
 
 
-def draw_sheet(patch: Patch) -> bytes:
-    """Draw all panels; returns a PNG file."""
+def draw_sheet(patch: Patch, names: Sequence[str] | None = None) -> bytes:
+    """Draw all panels of the policies ``names``, None for all; returns a PNG file."""
     from matplotlib.figure import Figure
 
-    groups = [(heading, members) for heading, members in panels()]
-    num_rows = sum(-(-len(members) // COLUMNS) for _, members in groups)
     image, label = jnp.asarray(patch.image), jnp.asarray(patch.label)
     size = _size(image)
+    groups = panels(size, names)
+    num_rows = sum(-(-len(members) // COLUMNS) for members in groups.values())
     shown = np.asarray(_crop(image, label)[0])[size[0] // 2]
     window = tuple(np.percentile(shown, (0.5, 99.8)))
     row_height = PANEL + TITLE
     height = num_rows * row_height + len(groups) * HEADING + 0.4
     figure = Figure(figsize=(COLUMNS * (PANEL + GAP) + GAP, height), dpi=DPI)
     top = height - 0.32
-    caption = f"Every augmentation at its extremes: {patch.name}, one slice of {size} voxels"
+    whose = "Every augmentation" if names is None else f"Augmentation {', '.join(names)}"
+    caption = f"{whose} at its extremes: {patch.name}, one slice of {size} voxels"
     caption += "; label 1 red, 2 yellow; one grey window for all"
     _write(figure, GAP, height - 0.24, caption, size=11)
-    for heading, members in groups:
+    for heading, members in groups.items():
         _write(figure, GAP, top - HEADING + 0.03, heading, size=9)
         top -= HEADING
-        for number, (title, change) in enumerate(members):
+        for number, (title, change) in enumerate(members.items()):
             row, column = divmod(number, COLUMNS)
             corner = (GAP + column * (PANEL + GAP), top - (row + 1) * row_height)
             result = jax.jit(_middle(change))(image, label)
@@ -319,6 +255,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, required=True, metavar="FILE.png", help="the picture")
     parser.add_argument("--raw", type=Path, help="raw dataset whose first scan to show instead")
     parser.add_argument("--case", help="another case of the raw dataset")
+    parser.add_argument("--config", help="training config whose policy to show instead of all")
     parser.add_argument("--modality", choices=MODALITIES, default="t2", help="of the phantom")
     arguments = parser.parse_args(command.normalized(sys.argv[1:] if argv is None else argv))
 
@@ -326,7 +263,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         out = arguments.out
         if out.suffix.lower() != ".png":
             raise command.UsageError(f"--out {out}: expected a name that ends in .png")
-        picture = draw_sheet(cut_patch(_subject(arguments.raw, arguments.case, arguments.modality)))
+        names = arguments.config and (load_config(arguments.config)[0].augment.policy,)
+        subject = _subject(arguments.raw, arguments.case, arguments.modality)
+        picture = draw_sheet(cut_patch(subject), names)
         out.parent.mkdir(parents=True, exist_ok=True)
         partial_file = out.with_name(f".{out.name}.partial")
         partial_file.write_bytes(picture)

@@ -1,28 +1,25 @@
-"""Intensity transforms: noise, blur, brightness, contrast, low resolution, gamma (spec 04 §6).
+"""Intensity transforms: noise, blur, brightness, contrast, low resolution, gamma (spec 04 §6)."""
 
-`sample_*` draws for all channels of one sample; `apply_*` transforms one channel, an array with
-spatial axes only. `gate` is the interval of a uniform number in which the sample is transformed:
-(0, p) for a probability p; disjoint intervals and the same key make alternatives of one draw.
-"""
-
-from typing import Any, Literal, NamedTuple
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.scipy.special import ndtri
-from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-Gate = tuple[float, float]
-Range = tuple[float, float]
-
-
-class Draw(NamedTuple):
-    """Which channels are transformed, and their parameters (first axis of each leaf: channel)."""
-
-    gate: Bool[Array, "channel"]
-    value: Any
+from panther_jax.augment.transform import (
+    Draw,
+    Example,
+    PatchGeometry,
+    Range,
+    Transform,
+    between,
+    two_sided,
+)
 
 
 class NoiseValue(NamedTuple):
@@ -32,79 +29,79 @@ class NoiseValue(NamedTuple):
     key: PRNGKeyArray
 
 
-def sample_gated(
-    key: PRNGKeyArray, num_channels: int, num_values: int, *, gate: Gate, p_channel: float = 1.0
-) -> tuple[Bool[Array, "channel"], Float[Array, "channel value"]]:
-    """Draw the gates of a sample's channels and, for each channel, uniform numbers in [0, 1).
+@dataclass(frozen=True, kw_only=True)
+class Noise(Transform):
+    """Normally distributed noise; all channels share the standard deviation."""
 
-    Alternatives that share a key must ask for equally many values, to see the same first number.
-    """
-    uniform = jax.random.uniform(key, (1 + num_channels * (1 + num_values),))
-    per_sample = (uniform[0] >= gate[0]) & (uniform[0] < gate[1])
-    of_channels = uniform[1:].reshape(num_channels, 1 + num_values)
-    return per_sample & (of_channels[:, 0] < p_channel), of_channels[:, 1:]
+    family: ClassVar[str] = "intensity"
+    sigma_range: Range
+    """Of the standard deviation (the reference calls it variance)."""
 
+    def sample(self, key: PRNGKeyArray, num_channels: int, patch: PatchGeometry) -> Draw:
+        """Draw the standard deviation, and a key for each channel."""
+        gates, uniform = self.gated(key, num_channels, 1)
+        sigma = jnp.broadcast_to(between(uniform[0, 0], self.sigma_range), (num_channels,))
+        keys = jax.random.split(jax.random.fold_in(key, 1), num_channels)
+        return Draw(gates, NoiseValue(sigma, keys))
 
-def two_sided(uniform: Float[Array, "*any 2"], value_range: Range) -> Float[Array, "*any"]:
-    """Map two uniform numbers to TS(low, high), half the mass on each side of 1 (spec 04 §3.1)."""
-    low, high = value_range
-    side, share = uniform[..., 0], uniform[..., 1]
-    if low >= 1:
-        return low + (high - low) * share
-    return jnp.where(side < 0.5, low + (1 - low) * share, 1 + (high - 1) * share)
+    def apply(self, volume: Float[Array, "*spatial"], value: NoiseValue) -> Array:
+        """Add noise."""
+        noise = jax.random.normal(value.key, volume.shape, volume.dtype)
+        return add_noise(volume, value.sigma, noise)
 
-
-def sample_noise(key: PRNGKeyArray, num_channels: int, *, gate: Gate, sigma_range: Range) -> Draw:
-    """Draw a standard deviation that all channels share (the reference calls it variance)."""
-    gates, uniform = sample_gated(key, num_channels, 1, gate=gate)
-    low, high = sigma_range
-    sigma = jnp.broadcast_to(low + (high - low) * uniform[0, 0], (num_channels,))
-    return Draw(
-        gates, NoiseValue(sigma, jax.random.split(jax.random.fold_in(key, 1), num_channels))
-    )
+    def examples(self, patch: PatchGeometry) -> Iterable[Example]:
+        """Give the strongest noise."""
+        sigma = self.sigma_range[1]
+        yield Example(f"noise σ {sigma:g}", NoiseValue(jnp.float32(sigma), jax.random.key(1)))
 
 
-def apply_noise(
+def add_noise(
     volume: Float[Array, "*spatial"], sigma: Float[Array, ""], noise: Float[Array, "*spatial"]
 ) -> Float[Array, "*spatial"]:
     """Add standard normal `noise` times `sigma`."""
     return volume + sigma * noise
 
 
-def sample_blur(
-    key: PRNGKeyArray,
-    num_channels: int,
-    num_axes: int,
-    *,
-    gate: Gate,
-    p_channel: float,
-    sigma_range: Range,
-    same_axes: bool = False,
-) -> Draw:
-    """Draw a width for each channel and, unless `same_axes`, each axis; in voxels."""
-    num_values = 1 if same_axes else num_axes
-    gates, uniform = sample_gated(key, num_channels, num_values, gate=gate, p_channel=p_channel)
-    low, high = sigma_range
-    sigmas = jnp.broadcast_to(low + (high - low) * uniform, (num_channels, num_axes))
-    return Draw(gates, sigmas)
+@dataclass(frozen=True, kw_only=True)
+class Blur(Transform):
+    """Gaussian blur; borders are reflected without repeating the edge voxel."""
 
+    family: ClassVar[str] = "intensity"
+    name: ClassVar[str] = "blur"
+    reach: ClassVar[tuple[float, float]] = (3, 0.25)
+    """Taps on either side, floor(3 sigma + 1/4) (spec 04 §6.6)."""
+    border: ClassVar[Literal["reflect", "symmetric"]] = "reflect"
+    sigma_range: Range
+    """Of the width, in voxels."""
+    same_axes: bool = False
+    """One width for all axes of a channel."""
 
-def blur_radius(sigma: float) -> int:
-    """Give the number of taps on either side, floor(3 sigma + 1/4) (spec 04 §6.6)."""
-    return int(np.floor(3 * sigma + 0.25))
+    def sample(self, key: PRNGKeyArray, num_channels: int, patch: PatchGeometry) -> Draw:
+        """Draw a width for each channel and, unless `same_axes`, each axis."""
+        num_axes = len(patch.patch_size)
+        gates, uniform = self.gated(key, num_channels, 1 if self.same_axes else num_axes)
+        sigmas = jnp.broadcast_to(between(uniform, self.sigma_range), (num_channels, num_axes))
+        return Draw(gates, sigmas)
 
+    @property
+    def max_radius(self) -> int:
+        """Taps on either side at the largest width: the static size of the window."""
+        factor, offset = self.reach
+        return int(np.floor(factor * self.sigma_range[1] + offset))
 
-def apply_blur(
-    volume: Float[Array, "*spatial"], sigmas: Float[Array, "axis"], *, max_radius: int = 4
-) -> Float[Array, "*spatial"]:
-    """Blur along each axis in turn; borders are reflected without repeating the edge voxel.
+    def apply(self, volume: Float[Array, "*spatial"], value: Float[Array, "axis"]) -> Array:
+        """Blur along each axis in turn."""
+        factor, offset = self.reach
+        for axis in range(volume.ndim):
+            radius = jnp.floor(factor * value[axis] + offset)
+            taps = gaussian_taps(value[axis], radius, self.max_radius)
+            volume = convolve_axis(volume, taps, axis, border=self.border)
+        return volume
 
-    `max_radius` is the static size of the window: `blur_radius` of the largest possible sigma.
-    """
-    for axis in range(volume.ndim):
-        taps = gaussian_taps(sigmas[axis], jnp.floor(3 * sigmas[axis] + 0.25), max_radius)
-        volume = convolve_axis(volume, taps, axis, border="reflect")
-    return volume
+    def examples(self, patch: PatchGeometry) -> Iterable[Example]:
+        """Give the least and the widest blur."""
+        for sigma in self.sigma_range:
+            yield Example(f"{self.name} σ {sigma:g}", _all_axes(sigma, patch))
 
 
 def gaussian_taps(
@@ -133,70 +130,129 @@ def convolve_axis(
     return total
 
 
-def sample_multiplier(
-    key: PRNGKeyArray,
-    num_channels: int,
-    *,
-    gate: Gate,
-    value_range: Range,
-    p_channel: float = 1.0,
-) -> Draw:
-    """Draw a factor around 1 for each channel: of brightness, of contrast, or a gamma."""
-    gates, uniform = sample_gated(key, num_channels, 2, gate=gate, p_channel=p_channel)
-    return Draw(gates, two_sided(uniform, value_range))
+@dataclass(frozen=True, kw_only=True)
+class Brightness(Transform):
+    """A factor, half of them below 1."""
+
+    family: ClassVar[str] = "intensity"
+    factor_range: Range
+
+    def sample(self, key: PRNGKeyArray, num_channels: int, patch: PatchGeometry) -> Draw:
+        """Draw a factor for each channel."""
+        gates, uniform = self.gated(key, num_channels, 2)
+        return Draw(gates, two_sided(uniform, self.factor_range))
+
+    def apply(self, volume: Float[Array, "*spatial"], value: Float[Array, ""]) -> Array:
+        """Multiply."""
+        return volume * value
+
+    def examples(self, patch: PatchGeometry) -> Iterable[Example]:
+        """Give the darkest and the brightest."""
+        for factor in self.factor_range:
+            yield Example(f"brightness × {factor:g}", jnp.float32(factor))
 
 
-def apply_brightness(
-    volume: Float[Array, "*spatial"], factor: Float[Array, ""]
-) -> Float[Array, "*spatial"]:
-    """Multiply by `factor`."""
-    return volume * factor
+@dataclass(frozen=True, kw_only=True)
+class BrightnessShift(Transform):
+    """A normally distributed number added to a channel."""
+
+    family: ClassVar[str] = "intensity"
+    sigma: float
+    """Its standard deviation; the mean is 0."""
+
+    def sample(self, key: PRNGKeyArray, num_channels: int, patch: PatchGeometry) -> Draw:
+        """Draw a shift for each channel."""
+        gates, uniform = self.gated(key, num_channels, 1)
+        # The generator can return 0, whose quantile is infinite.
+        return Draw(gates, self.sigma * ndtri(jnp.maximum(uniform[:, 0], 2.0**-24)))
+
+    def apply(self, volume: Float[Array, "*spatial"], value: Float[Array, ""]) -> Array:
+        """Add."""
+        import dm_pix as pix  # where it is used: the module loads without it
+
+        return jnp.asarray(pix.adjust_brightness(volume, value))
+
+    def examples(self, patch: PatchGeometry) -> Iterable[Example]:
+        """Give two standard deviations down and up."""
+        for sign, number in (("-", -2), ("+", 2)):
+            title = f"brightness {sign} {2 * self.sigma:g} (2 sd)"
+            yield Example(title, jnp.float32(number * self.sigma))
 
 
-def sample_shift(
-    key: PRNGKeyArray, num_channels: int, *, gate: Gate, sigma: float, p_channel: float
-) -> Draw:
-    """Draw a normally distributed shift of the brightness for each channel."""
-    gates, uniform = sample_gated(key, num_channels, 1, gate=gate, p_channel=p_channel)
-    # The generator can return 0, whose quantile is infinite.
-    return Draw(gates, sigma * ndtri(jnp.maximum(uniform[:, 0], 2.0**-24)))
+@dataclass(frozen=True, kw_only=True)
+class Contrast(Transform):
+    """A factor on the distance from the mean, half of them below 1."""
+
+    family: ClassVar[str] = "intensity"
+    factor_range: Range
+    clip: bool = True
+    """Whether the channel keeps its range."""
+
+    def sample(self, key: PRNGKeyArray, num_channels: int, patch: PatchGeometry) -> Draw:
+        """Draw a factor for each channel."""
+        gates, uniform = self.gated(key, num_channels, 2)
+        return Draw(gates, two_sided(uniform, self.factor_range))
+
+    def apply(self, volume: Float[Array, "*spatial"], value: Float[Array, ""]) -> Array:
+        """Scale the distance from the mean."""
+        mean = _mean(volume)
+        scaled = mean + value * (volume - mean)
+        return jnp.clip(scaled, volume.min(), volume.max()) if self.clip else scaled
+
+    def examples(self, patch: PatchGeometry) -> Iterable[Example]:
+        """Give the least and the most contrast."""
+        for factor in self.factor_range:
+            title = f"contrast {factor:g}" + ("" if self.clip else ", unclipped")
+            yield Example(title, jnp.float32(factor))
 
 
-def apply_shift(
-    volume: Float[Array, "*spatial"], shift: Float[Array, ""]
-) -> Float[Array, "*spatial"]:
-    """Add `shift`."""
-    return volume + shift
+@dataclass(frozen=True, kw_only=True)
+class LowResolution(Transform):
+    """Down-sampling to the nearest voxel, then linear up-sampling to the same shape."""
 
+    family: ClassVar[str] = "intensity"
+    name: ClassVar[str] = "low resolution"
+    scale_range: Range
+    """Of the share of voxels an axis that is kept."""
 
-def apply_contrast(
-    volume: Float[Array, "*spatial"], factor: Float[Array, ""], *, clip: bool = True
-) -> Float[Array, "*spatial"]:
-    """Scale the distance from the mean; `clip` keeps the range that the channel had."""
-    mean = _mean(volume)
-    scaled = mean + factor * (volume - mean)
-    if not clip:
-        return scaled
-    return jnp.clip(scaled, volume.min(), volume.max())
+    def sample(self, key: PRNGKeyArray, num_channels: int, patch: PatchGeometry) -> Draw:
+        """Draw one zoom factor for each channel; with dummy 2-D axis 0 stays as it is."""
+        gates, uniform = self.gated(key, num_channels, 1)
+        num_axes = len(patch.patch_size)
+        scales = jnp.broadcast_to(between(uniform, self.scale_range), (num_channels, num_axes))
+        if patch.dummy_2d:
+            scales = scales.at[:, 0].set(1.0)
+        return Draw(gates, scales)
 
+    def apply(self, volume: Float[Array, "*spatial"], value: Float[Array, "axis"]) -> Array:
+        """Sample down and up; separable, so one blend of two voxels an axis.
 
-def sample_low_resolution(
-    key: PRNGKeyArray,
-    num_channels: int,
-    num_axes: int,
-    *,
-    gate: Gate,
-    p_channel: float,
-    scale_range: Range,
-    dummy_2d: bool = False,
-) -> Draw:
-    """Draw one zoom factor for each channel; axis 0 stays as it is with `dummy_2d`."""
-    gates, uniform = sample_gated(key, num_channels, 1, gate=gate, p_channel=p_channel)
-    low, high = scale_range
-    scales = jnp.broadcast_to(low + (high - low) * uniform, (num_channels, num_axes))
-    if dummy_2d:
-        scales = scales.at[:, 0].set(1.0)
-    return Draw(gates, scales)
+        The nearest index follows float32 arithmetic, as in the reference (spec 04 §6.9).
+        """
+        for axis, size in enumerate(volume.shape):
+            low_size = low_resolution_size(size, value[axis])
+            # A table, because division is not correctly rounded on every accelerator.
+            steps = np.float32(size) / np.arange(1, size + 1, dtype=np.float32)
+            step = jnp.asarray(steps)[jnp.clip(low_size - 1, 0, size - 1)]
+            # Position (i + 1/2) m/n - 1/2 in units of 1/(2n): exact in integers.
+            position = jnp.maximum((2 * np.arange(size) + 1) * low_size - size, 0)
+            lower = position // (2 * size)
+            weight = (position % (2 * size)).astype(jnp.float32) / (2 * size)
+            weight = weight.reshape([-1] + [1] * (volume.ndim - axis - 1))
+            upper = jnp.minimum(lower + 1, low_size - 1)
+            below = _take_nearest(volume, lower, step, axis)
+            above = _take_nearest(volume, upper, step, axis)
+            volume = (1 - weight) * below + weight * above
+        return volume
+
+    def examples(self, patch: PatchGeometry) -> Iterable[Example]:
+        """Give the coarsest, and the coarsest of dummy 2-D."""
+        title, scales = (
+            f"{self.name} {self.scale_range[0]:g}",
+            _all_axes(self.scale_range[0], patch),
+        )
+        yield Example(title, scales)
+        yield Example(f"{title}, 2-D", scales.at[0].set(1.0))
 
 
 def low_resolution_size(size: int, scale: Float[Array, ""]) -> Int[Array, ""]:
@@ -212,46 +268,56 @@ def low_resolution_size(size: int, scale: Float[Array, ""]) -> Int[Array, ""]:
     return whole + (above_half | (is_half & (whole % 2 == 1)))
 
 
-def apply_low_resolution(
-    volume: Float[Array, "*spatial"], scales: Float[Array, "axis"]
-) -> Float[Array, "*spatial"]:
-    """Down-sample to the nearest voxel, then up-sample linearly to the same shape.
+@dataclass(frozen=True, kw_only=True)
+class Gamma(Transform):
+    """The channel rescaled to [0, 1] and raised to a power, half of them below 1.
 
-    Both are separable and become one blend of two voxels an axis. The nearest index follows
-    float32 arithmetic, as in the reference (spec 04 §6.9).
+    Mean and standard deviation are restored; nothing is clipped at the end (spec 04 §6.10).
     """
-    for axis, size in enumerate(volume.shape):
-        low_size = low_resolution_size(size, scales[axis])
-        # A table, because division is not correctly rounded on every accelerator.
-        steps = np.float32(size) / np.arange(1, size + 1, dtype=np.float32)
-        step = jnp.asarray(steps)[jnp.clip(low_size - 1, 0, size - 1)]
-        # Position (i + 1/2) m/n - 1/2 in units of 1/(2n): exact in integers.
-        position = jnp.maximum((2 * np.arange(size) + 1) * low_size - size, 0)
-        lower = position // (2 * size)
-        weight = (position % (2 * size)).astype(jnp.float32) / (2 * size)
-        weight = weight.reshape([-1] + [1] * (volume.ndim - axis - 1))
-        upper = jnp.minimum(lower + 1, low_size - 1)
-        below = _take_nearest(volume, lower, step, axis)
-        above = _take_nearest(volume, upper, step, axis)
-        volume = (1 - weight) * below + weight * above
-    return volume
+
+    family: ClassVar[str] = "intensity"
+    name: ClassVar[str] = "gamma"
+    gamma_range: Range
+    invert: bool = False
+    """Whether it is done on the negated channel."""
+
+    def sample(self, key: PRNGKeyArray, num_channels: int, patch: PatchGeometry) -> Draw:
+        """Draw a gamma for each channel."""
+        gates, uniform = self.gated(key, num_channels, 2)
+        return Draw(gates, two_sided(uniform, self.gamma_range))
+
+    def apply(self, volume: Float[Array, "*spatial"], value: Float[Array, ""]) -> Array:
+        """Raise to the power, of the negated channel if `invert`."""
+        return -self.curved(-volume, value) if self.invert else self.curved(volume, value)
+
+    def curved(self, volume: Float[Array, "*spatial"], gamma: Float[Array, ""]) -> Array:
+        """Raise to the power `gamma`."""
+        mean, std = mean_and_std(volume)
+        low = volume.min()
+        extent = volume.max() - low
+        share = (volume - low) / jnp.maximum(extent, 1e-7)
+        curved = raised(share, gamma, extent) + low
+        new_mean, new_std = mean_and_std(curved)
+        return (curved - new_mean) * (std / jnp.maximum(new_std, 1e-7)) + mean
+
+    def examples(self, patch: PatchGeometry) -> Iterable[Example]:
+        """Give the smallest and the largest gamma."""
+        for gamma in self.gamma_range:
+            title = f"{'inverted ' if self.invert else ''}{self.name} {gamma:g}"
+            yield Example(title, jnp.float32(gamma))
 
 
-def apply_gamma(
-    volume: Float[Array, "*spatial"], gamma: Float[Array, ""], *, invert: bool = False
+def raised(
+    share: Float[Array, "*spatial"], gamma: Float[Array, ""], gain: Float[Array, "*any"]
 ) -> Float[Array, "*spatial"]:
-    """Raise the rescaled channel to `gamma`, then restore its mean and standard deviation.
+    """Give `gain` times `share` to the power `gamma`, of shares in [0, 1]."""
+    import dm_pix as pix  # where it is used: the module loads without it
 
-    `invert` does so on the negated channel. Nothing is clipped at the end (spec 04 §6.10).
-    """
-    if invert:
-        return -apply_gamma(-volume, gamma)
-    mean, std = mean_and_std(volume)
-    low = volume.min()
-    extent = volume.max() - low
-    curved = ((volume - low) / jnp.maximum(extent, 1e-7)) ** gamma * extent + low
-    new_mean, new_std = mean_and_std(curved)
-    return (curved - new_mean) * (std / jnp.maximum(new_std, 1e-7)) + mean
+    return jnp.asarray(pix.adjust_gamma(share, gamma, gain=gain, assume_in_bounds=True))
+
+
+def _all_axes(value: Any, patch: PatchGeometry) -> Array:
+    return jnp.full(len(patch.patch_size), value, jnp.float32)
 
 
 def _take_nearest(volume: Array, low_index: Array, step: Array, axis: int) -> Array:

@@ -1,24 +1,34 @@
 """Local and neighbourhood transforms of the DA5 pipeline (spec 04 §6.11-6.14).
 
-Median filter, blank rectangles, brightness gradient, local gamma, sharpening. As in `intensity`,
-`sample_*` draws for all channels of a sample and `apply_*` transforms one channel.
+Median filter, blank rectangles, brightness gradient, local gamma, sharpening.
 """
 
 import math
+from collections.abc import Iterable
+from dataclasses import dataclass
 from functools import partial
-from typing import Literal, NamedTuple
+from typing import ClassVar, Literal, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from panther_jax.augment.intensity import Draw, Gate, Range, sample_gated
+from panther_jax.augment.intensity import raised
+from panther_jax.augment.transform import (
+    Draw,
+    Example,
+    PatchGeometry,
+    Range,
+    Transform,
+    between,
+    whole_between,
+)
 
 MEDIAN_SIZES = (2, 3, 4, 5, 6, 7)
 LARGEST_NETWORK = 4
 """Largest median window that a fixed sequence of minima and maxima selects from."""
-MAX_RECTANGLES = 4
+FAMILY = "local (DA5)"
 
 
 class Rectangles(NamedTuple):
@@ -38,18 +48,26 @@ class Window(NamedTuple):
     """Strength of the gradient, or the gamma."""
 
 
-def sample_median(key: PRNGKeyArray, num_channels: int, *, gate: Gate, p_channel: float) -> Draw:
-    """Draw the edge of the filter's window for each channel."""
-    gates, uniform = sample_gated(key, num_channels, 1, gate=gate, p_channel=p_channel)
-    return Draw(gates, _integer(uniform[:, 0], MEDIAN_SIZES[0], MEDIAN_SIZES[-1]))
+@dataclass(frozen=True, kw_only=True)
+class Median(Transform):
+    """The median of a cubic window whose edge is one of `MEDIAN_SIZES`."""
 
+    family: ClassVar[str] = FAMILY
 
-def apply_median(
-    volume: Float[Array, "*spatial"], size: Int[Array, ""]
-) -> Float[Array, "*spatial"]:
-    """Take the median of a cubic window whose edge is one of `MEDIAN_SIZES`."""
-    branches = [partial(median_filter, size=edge) for edge in MEDIAN_SIZES]
-    return lax.switch(size - MEDIAN_SIZES[0], branches, volume)
+    def sample(self, key: PRNGKeyArray, num_channels: int, patch: PatchGeometry) -> Draw:
+        """Draw the edge of the window for each channel."""
+        gates, uniform = self.gated(key, num_channels, 1)
+        return Draw(gates, whole_between(uniform[:, 0], MEDIAN_SIZES[0], MEDIAN_SIZES[-1]))
+
+    def apply(self, volume: Float[Array, "*spatial"], value: Int[Array, ""]) -> Array:
+        """Take the median."""
+        branches = [partial(median_filter, size=edge) for edge in MEDIAN_SIZES]
+        return lax.switch(value - MEDIAN_SIZES[0], branches, volume)
+
+    def examples(self, patch: PatchGeometry) -> Iterable[Example]:
+        """Give the smallest and the largest window."""
+        for size in (MEDIAN_SIZES[0], MEDIAN_SIZES[-1]):
+            yield Example(f"median {size}", jnp.int32(size))
 
 
 def median_filter(volume: Float[Array, "*spatial"], size: int) -> Float[Array, "*spatial"]:
@@ -126,76 +144,113 @@ def _median_by_bisection(padded: Array, shape: tuple[int, ...], size: int) -> Ar
     return _from_ordered_bits(lax.fori_loop(0, 32, halve, start)[0])
 
 
-def sample_rectangles(
-    key: PRNGKeyArray,
-    num_channels: int,
-    patch_size: tuple[int, ...],
-    *,
-    gate: Gate,
-    p_channel: float,
-    fork: bool = False,
-) -> Draw:
-    """Draw one to four boxes for each channel, edges about a tenth to a third of the patch.
+@dataclass(frozen=True, kw_only=True)
+class BlankRectangles(Transform):
+    """One to four boxes, edges about a tenth to a third of the patch, blanked one by one."""
 
-    The `fork` draws one to five, may reach a full third, and never touches voxel 0 (spec 04 §5).
-    """
-    num_axes, max_count = len(patch_size), MAX_RECTANGLES + fork
-    per_box = max_count * num_axes
-    gates, uniform = sample_gated(
-        key, num_channels, 1 + 2 * per_box, gate=gate, p_channel=p_channel
-    )
-    shape = (num_channels, max_count, num_axes)
-    of_size = uniform[:, 1 : 1 + per_box].reshape(shape)
-    of_lower = uniform[:, 1 + per_box :].reshape(shape)
-    patch = np.asarray(patch_size)
-    smallest = np.maximum(1, patch // 10)
-    size = _integer(of_size, smallest, np.maximum(smallest, patch // 3 - (not fork)))
-    lower = _integer(of_lower, int(fork), patch - size)
-    return Draw(gates, Rectangles(_integer(uniform[:, 0], 1, max_count), lower, size))
+    family: ClassVar[str] = FAMILY
+    max_count: ClassVar[int] = 4
+    first_voxel: ClassVar[int] = 0
+    """Lowest corner that a box may have."""
+    below_third: ClassVar[int] = 1
+    """Voxels by which the longest edge stays below a third of the patch."""
+
+    def sample(self, key: PRNGKeyArray, num_channels: int, patch: PatchGeometry) -> Draw:
+        """Draw number, corners and sizes of the boxes for each channel."""
+        num_axes = len(patch.patch_size)
+        per_box = self.max_count * num_axes
+        gates, uniform = self.gated(key, num_channels, 1 + 2 * per_box)
+        shape = (num_channels, self.max_count, num_axes)
+        of_size = uniform[:, 1 : 1 + per_box].reshape(shape)
+        of_lower = uniform[:, 1 + per_box :].reshape(shape)
+        sizes = np.asarray(patch.patch_size)
+        smallest = np.maximum(1, sizes // 10)
+        largest = np.maximum(smallest, sizes // 3 - self.below_third)
+        size = whole_between(of_size, smallest, largest)
+        lower = whole_between(of_lower, self.first_voxel, sizes - size)
+        return Draw(gates, Rectangles(whole_between(uniform[:, 0], 1, self.max_count), lower, size))
+
+    def apply(self, volume: Float[Array, "*spatial"], value: Rectangles) -> Array:
+        """Replace each box by the mean of its current content, one after the other."""
+
+        def blank(slot, volume):
+            inside = jnp.ones(volume.shape, bool)
+            for axis in range(volume.ndim):
+                along = lax.broadcasted_iota(jnp.int32, volume.shape, axis)
+                first = value.lower[slot, axis]
+                inside = inside & (along >= first) & (along < first + value.size[slot, axis])
+            total = jnp.where(inside, volume, 0.0).sum()
+            return jnp.where(inside, total / value.size[slot].prod(), volume)
+
+        return lax.fori_loop(0, value.count, blank, volume)
+
+    def examples(self, patch: PatchGeometry) -> Iterable[Example]:
+        """Give as many boxes as there can be."""
+        # In percent; in plane a tenth to a third, along z enough to meet the middle slice.
+        lower = np.array([(0, 11, 17), (12, 51, 14), (25, 34, 62), (6, 20, 45), (18, 67, 67)])
+        size = np.array([(97, 33, 23), (81, 23, 33), (69, 33, 33), (88, 17, 14), (75, 28, 17)])
+        count, patch_size = self.max_count, np.array(patch.patch_size)
+        lower, size = (
+            jnp.asarray(x[:count, -len(patch_size) :] * patch_size // 100) for x in (lower, size)
+        )
+        yield Example(f"{count} blank rectangles", Rectangles(jnp.int32(count), lower, size))
 
 
-def apply_rectangles(
-    volume: Float[Array, "*spatial"], rectangles: Rectangles
-) -> Float[Array, "*spatial"]:
-    """Replace each box by the mean of its current content, one after the other."""
+@dataclass(frozen=True, kw_only=True)
+class Windowed(Transform):
+    """A change that is strongest at the centre of a Gaussian window; says how much it is."""
 
-    def blank(slot, volume):
-        inside = jnp.ones(volume.shape, bool)
-        for axis in range(volume.ndim):
-            along = lax.broadcasted_iota(jnp.int32, volume.shape, axis)
-            first = rectangles.lower[slot, axis]
-            inside = inside & (along >= first) & (along < first + rectangles.size[slot, axis])
-        total = jnp.where(inside, volume, 0.0).sum()
-        return jnp.where(inside, total / rectangles.size[slot].prod(), volume)
+    family: ClassVar[str] = FAMILY
+    name: ClassVar[str] = ""
+    amount_ranges: tuple[Range, Range]
+    """Of the effect; either with probability 1/2."""
 
-    return lax.fori_loop(0, rectangles.count, blank, volume)
+    def sample(self, key: PRNGKeyArray, num_channels: int, patch: PatchGeometry) -> Draw:
+        """Draw a window and its effect for each channel."""
+        num_axes = len(patch.patch_size)
+        gates, uniform = self.gated(key, num_channels, 2 + 2 * num_axes)
+        of_centre, of_width = uniform[:, 2 : 2 + num_axes], uniform[:, 2 + num_axes :]
+        narrow = np.array([math.log(max(size // 6, 1)) for size in patch.patch_size], np.float32)
+        wide = np.log(np.asarray(patch.patch_size, np.float32))
+        one, other = (between(uniform[:, 1], amounts) for amounts in self.amount_ranges)
+        amount = jnp.where(uniform[:, 0] < 0.5, one, other)
+        width = jnp.exp(narrow + (wide - narrow) * of_width)
+        return Draw(gates, Window(-0.5 + 2 * of_centre, width, amount))
+
+    def examples(self, patch: PatchGeometry) -> Iterable[Example]:
+        """Give the outer ends of the two ranges, in a window towards the first corner."""
+        sizes = jnp.asarray(patch.patch_size, jnp.float32)
+        centre = jnp.asarray([0.5, 0.3, 0.3][-len(sizes) :])
+        for amount in (self.amount_ranges[0][0], self.amount_ranges[1][1]):
+            yield Example(f"{self.name} {amount:g}", Window(centre, sizes / 4, jnp.float32(amount)))
 
 
-def sample_window(
-    key: PRNGKeyArray,
-    num_channels: int,
-    patch_size: tuple[int, ...],
-    *,
-    gate: Gate,
-    p_channel: float,
-    amount_ranges: tuple[Range, Range],
-) -> Draw:
-    """Draw a window and its effect for each channel; either range of the effect with 1/2."""
-    num_axes = len(patch_size)
-    gates, uniform = sample_gated(
-        key, num_channels, 2 + 2 * num_axes, gate=gate, p_channel=p_channel
-    )
-    of_centre, of_width = uniform[:, 2 : 2 + num_axes], uniform[:, 2 + num_axes :]
-    narrow = np.array([math.log(max(size // 6, 1)) for size in patch_size], np.float32)
-    wide = np.log(np.asarray(patch_size, np.float32))
-    (low, high), (other_low, other_high) = amount_ranges
-    amount = jnp.where(
-        uniform[:, 0] < 0.5,
-        low + (high - low) * uniform[:, 1],
-        other_low + (other_high - other_low) * uniform[:, 1],
-    )
-    width = jnp.exp(narrow + (wide - narrow) * of_width)
-    return Draw(gates, Window(-0.5 + 2 * of_centre, width, amount))
+@dataclass(frozen=True, kw_only=True)
+class Gradient(Windowed):
+    """A window added to the brightness."""
+
+    name: ClassVar[str] = "gradient"
+
+    def apply(self, volume: Float[Array, "*spatial"], value: Window) -> Array:
+        """Add the window times its amount."""
+        weights = window_weights(value.centre, value.width, volume.shape)
+        return volume + value.amount * weights
+
+
+@dataclass(frozen=True, kw_only=True)
+class LocalGamma(Windowed):
+    """A gamma that acts in a window."""
+
+    name: ClassVar[str] = "local gamma"
+
+    def apply(self, volume: Float[Array, "*spatial"], value: Window) -> Array:
+        """Blend the channel with its gamma-transformed self, weighted by the window."""
+        weights = window_weights(value.centre, value.width, volume.shape)
+        low = volume.min()
+        extent = jnp.maximum(volume.max() - low, 1e-8)
+        share = (volume - low) / extent
+        curved = raised(share, value.amount, weights)
+        return ((1 - weights) * share + curved) * extent + low
 
 
 def window_weights(
@@ -217,57 +272,35 @@ def window_weights(
     return (weights - smallest) / (1 - smallest)
 
 
-def apply_gradient(volume: Float[Array, "*spatial"], window: Window) -> Float[Array, "*spatial"]:
-    """Add the window times its amount."""
-    weights = window_weights(window.centre, window.width, volume.shape)
-    return volume + window.amount * weights
+@dataclass(frozen=True, kw_only=True)
+class Sharpen(Transform):
+    """The channel less its Laplacian; beyond the borders the edge voxels are repeated."""
 
+    family: ClassVar[str] = FAMILY
+    name: ClassVar[str] = "sharpening"
+    border: ClassVar[Literal["edge", "constant"]] = "edge"
+    strength_range: Range
+    """Of the factor of the Laplacian."""
 
-def apply_local_gamma(volume: Float[Array, "*spatial"], window: Window) -> Float[Array, "*spatial"]:
-    """Blend the channel with its gamma-transformed self, weighted by the window."""
-    weights = window_weights(window.centre, window.width, volume.shape)
-    low = volume.min()
-    extent = jnp.maximum(volume.max() - low, 1e-8)
-    share = (volume - low) / extent
-    return ((1 - weights) * share + weights * share**window.amount) * extent + low
+    def sample(self, key: PRNGKeyArray, num_channels: int, patch: PatchGeometry) -> Draw:
+        """Draw a strength for each channel."""
+        gates, uniform = self.gated(key, num_channels, 1)
+        return Draw(gates, between(uniform[:, 0], self.strength_range))
 
+    def apply(self, volume: Float[Array, "*spatial"], value: Float[Array, ""]) -> Array:
+        """Subtract the Laplacian of the face neighbours times the strength."""
+        laplacian = -2.0 * volume.ndim * volume
+        for axis, size in enumerate(volume.shape):
+            padding = [(1, 1) if other == axis else (0, 0) for other in range(volume.ndim)]
+            padded = jnp.pad(volume, padding, mode=self.border)
+            for start in (0, 2):
+                laplacian = laplacian + lax.slice_in_dim(padded, start, start + size, axis=axis)
+        return volume - value * laplacian
 
-def sample_sharpen(
-    key: PRNGKeyArray,
-    num_channels: int,
-    *,
-    gate: Gate,
-    p_channel: float,
-    strength_range: Range,
-) -> Draw:
-    """Draw a strength for each channel."""
-    gates, uniform = sample_gated(key, num_channels, 1, gate=gate, p_channel=p_channel)
-    low, high = strength_range
-    return Draw(gates, low + (high - low) * uniform[:, 0])
-
-
-def apply_sharpen(
-    volume: Float[Array, "*spatial"],
-    strength: Float[Array, ""],
-    *,
-    border: Literal["edge", "constant"] = "edge",
-) -> Float[Array, "*spatial"]:
-    """Subtract the Laplacian of the face neighbours times `strength`.
-
-    Beyond the borders the edge voxels are repeated, or zeros with `border` "constant".
-    """
-    laplacian = -2.0 * volume.ndim * volume
-    for axis, size in enumerate(volume.shape):
-        padding = [(1, 1) if other == axis else (0, 0) for other in range(volume.ndim)]
-        padded = jnp.pad(volume, padding, mode=border)
-        for start in (0, 2):
-            laplacian = laplacian + lax.slice_in_dim(padded, start, start + size, axis=axis)
-    return volume - strength * laplacian
-
-
-def _integer(uniform: Array, low, high) -> Array:
-    number = low + jnp.floor(uniform * (high - low + 1)).astype(jnp.int32)
-    return jnp.minimum(number, high)
+    def examples(self, patch: PatchGeometry) -> Iterable[Example]:
+        """Give the least and the most."""
+        for strength in self.strength_range:
+            yield Example(f"{self.name} {strength:g}", jnp.float32(strength))
 
 
 def _ordered_bits(values: Array) -> Array:

@@ -1,13 +1,15 @@
 """Spatial transforms: rotation, scaling, crop, elastic deformation, flips, mask (spec 04 §6).
 
+`Warp`, `Reorientation` and `Mirror` are what a policy consists of, beside its intensity transforms.
 Volumes have no channel axis here: one channel, or the label, at a time.
 """
 
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from functools import partial
-from typing import Literal, NamedTuple
+from typing import ClassVar, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,10 +18,11 @@ from jax import lax
 from jax.scipy.ndimage import map_coordinates
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, Shaped
 
-from panther_jax.augment.intensity import two_sided
+from panther_jax.augment.transform import Example, PatchGeometry, Range, between, two_sided
 
 Interpolation = Literal["linear", "nearest", "cubic"]
 
+FAMILY = "geometry"
 # The reference scores labels in units of 1/1000 and keeps them as float16 (spec 04 §6.3).
 _SCORE_SCALE = 1000.0
 _NO_CANDIDATE = np.iinfo(np.int32).max
@@ -60,35 +63,171 @@ class AxisCorners(NamedTuple):
     inside: tuple[Array, Array]
 
 
-def sample_spatial(
-    key: PRNGKeyArray,
-    num_axes: int,
-    *,
-    rotation_range_rad: tuple[float, float],
-    scale_range: tuple[float, float],
-    p_rotation: float = 0.2,
-    p_scale: float = 0.2,
-    p_rotation_axis: float = 1.0,
-    same_scale: bool = True,
-    two_sided_scale: bool = False,
-) -> SpatialDraw:
-    """Draw angles and scales; two independent gates, plain uniform laws (spec 04 §3.1, §4).
+@dataclass(frozen=True, kw_only=True)
+class Warp:
+    """Rotation, scaling and crop: draws, and makes the patch of all channels and the label."""
 
-    With `two_sided_scale` half of the scales are below 1 (the fork's law, §5).
+    family: ClassVar[str] = FAMILY
+    min_scale: float = 0.85
+    """Divisor of the initial patch; the default's real smallest scale is 0.7 (spec 04 §2)."""
+    scale_range: Range = (0.7, 1.4)
+    same_scale: bool = True
+    """One scale for all axes."""
+    two_sided_scale: bool = False
+    """Half of the scales are below 1 (the fork's law, spec 04 §5)."""
+    p_rotation: float = 0.2
+    p_rotation_axis: float = 1.0
+    """Probability of each axis of a sample that is rotated."""
+    p_scale: float = 0.2
+    image_interpolation: Interpolation = "linear"
+    label_interpolation: Interpolation = "linear"
+
+    def sample(self, key: PRNGKeyArray, patch: PatchGeometry) -> SpatialDraw:
+        """Draw angles and scales; independent gates, plain uniform laws (spec 04 §3.1, §4)."""
+        num_axes = len(patch.patch_size) - patch.dummy_2d
+        uniform = jax.random.uniform(key, (2 + (3 + self.two_sided_scale) * num_axes,))
+        rotate, rescale = uniform[0] < self.p_rotation, uniform[1] < self.p_scale
+        of_angle, of_axis, of_scale, *of_side = uniform[2:].reshape(-1, num_axes)
+        angles = between(of_angle, patch.rotation_range_rad)
+        angles = jnp.where(rotate & (of_axis < self.p_rotation_axis), angles, 0.0)
+        if self.same_scale:
+            of_scale = jnp.broadcast_to(of_scale[0], (num_axes,))
+        if self.two_sided_scale:
+            scales = two_sided(jnp.stack([of_side[0], of_scale], axis=-1), self.scale_range)
+        else:
+            scales = between(of_scale, self.scale_range)
+        return SpatialDraw(rotate | rescale, angles, jnp.where(rescale, scales, 1.0))
+
+    def resampling(
+        self, *, label_ids: tuple[int, ...] | None = None, pad_label: int = -1
+    ) -> Resampling:
+        """Give what positions, image and label undergo; `label_ids` need not name -1.
+
+        Raises:
+            ValueError: for an interpolation or a `pad_label` that there is not.
+        """
+        return resampling(
+            self.image_interpolation,
+            self.label_interpolation,
+            pad_label=pad_label,
+            label_ids=None if label_ids is None else (-1, *label_ids),
+        )
+
+    def apply(
+        self,
+        volumes: tuple[Float[Array, "..."], ...],
+        label: Int[Array, "..."],
+        draw: SpatialDraw,
+        patch: PatchGeometry,
+        *,
+        label_ids: tuple[int, ...] | None = None,
+        pad_label: int = -1,
+    ) -> tuple[tuple[Float[Array, "..."], ...], Int[Array, "..."]]:
+        """Make the patch, as `apply_spatial`."""
+        return apply_spatial(
+            volumes,
+            label,
+            draw,
+            patch_size=patch.patch_size,
+            how=self.resampling(label_ids=label_ids, pad_label=pad_label),
+            dummy_2d=patch.dummy_2d,
+            pad_label=pad_label,
+        )
+
+    def examples(self, patch: PatchGeometry) -> Iterable[Example]:
+        """Give the largest rotations and the extreme scales."""
+        turned, smallest, largest = patch.rotation_range_rad[1], *self.scale_range
+        degrees = round(math.degrees(turned))
+        scales = f"{smallest:g}, 1, {largest:g}"
+        shown = {
+            f"rotation -{degrees}° in plane": ((-turned, 0.0, 0.0), (1.0,) * 3),
+            f"rotation +{degrees}° in plane": ((turned, 0.0, 0.0), (1.0,) * 3),
+            f"rotation +{degrees}° all axes": ((turned,) * 3, (1.0,) * 3),
+            "dummy 2-D: 135°": ((0.75 * math.pi, 0.0, 0.0), (1.0,) * 3),
+            f"scale {smallest:g} (larger)": ((0.0,) * 3, (smallest,) * 3),
+            f"scale {largest:g} (smaller)": ((0.0,) * 3, (largest,) * 3),
+        }
+        if not self.same_scale:
+            shown[f"scale {scales}"] = ((0.0,) * 3, (smallest, 1.0, largest))
+        if self.image_interpolation != "linear":
+            title = f"{self.image_interpolation}: {degrees}°, scale {smallest:g}"
+            shown = {title: ((turned, 0.0, 0.0), (smallest,) * 3)}
+        for title, (angles, factors) in shown.items():
+            draw = SpatialDraw(jnp.asarray(True), jnp.asarray(angles), jnp.asarray(factors))
+            yield Example(title, draw)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reorientation:
+    """Quarter turns and transpositions of the axes that have the most frequent size (spec 04 §4).
+
+    Drawn apart, applied to channels and label in one pass.
     """
-    uniform = jax.random.uniform(key, (2 + (3 + two_sided_scale) * num_axes,))
-    rotate, rescale = uniform[0] < p_rotation, uniform[1] < p_scale
-    of_angle, of_axis, of_scale, *of_side = uniform[2:].reshape(-1, num_axes)
-    low, high = rotation_range_rad
-    angles = jnp.where(rotate & (of_axis < p_rotation_axis), low + (high - low) * of_angle, 0.0)
-    if same_scale:
-        of_scale = jnp.broadcast_to(of_scale[0], (num_axes,))
-    if two_sided_scale:
-        scales = two_sided(jnp.stack([of_side[0], of_scale], axis=-1), scale_range)
-    else:
-        low, high = scale_range
-        scales = low + (high - low) * of_scale
-    return SpatialDraw(rotate | rescale, angles, jnp.where(rescale, scales, 1.0))
+
+    family: ClassVar[str] = FAMILY
+    p_rot90: float
+    p_transpose: float
+
+    def sample(
+        self, rot90_key: PRNGKeyArray, transpose_key: PRNGKeyArray, patch: PatchGeometry
+    ) -> Orientation | None:
+        """Draw a quarter turn and what transposition follows; None for a patch that has none."""
+        valid_axes = valid_rotation_axes(patch.patch_size)
+        if not valid_axes or self.p_rot90 == self.p_transpose == 0:
+            return None
+        num_axes = len(patch.patch_size)
+        turn, turns, plane = sample_rot90(rot90_key, valid_axes, p=self.p_rot90)
+        transpose, order = sample_transpose(transpose_key, num_axes, valid_axes, p=self.p_transpose)
+        turned = rot90_orientation(jnp.where(turn, turns, 0), plane, num_axes)
+        order = jnp.where(transpose, order, jnp.arange(num_axes))
+        return Orientation(turned.source_axes[order], turned.flips[order])
+
+    def apply(self, volume: Shaped[Array, "..."], value: Orientation) -> Shaped[Array, "..."]:
+        """Turn one channel or the label."""
+        return apply_orientation(volume, value)
+
+    def examples(self, patch: PatchGeometry) -> Iterable[Example]:
+        """Give a quarter turn and a transposition of the last two axes that allow them."""
+        num_axes, plane = len(patch.patch_size), valid_rotation_axes(patch.patch_size)[-2:]
+        if not plane:
+            return
+        for title, turns in (("rot90, k = 1", 1), ("transpose", 3)):
+            turned = rot90_orientation(jnp.int32(turns), jnp.asarray(plane), num_axes)
+            if title == "transpose":
+                turned = turned._replace(flips=jnp.zeros(num_axes, bool))
+            yield Example(title, turned)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mirror:
+    """Flips, with probability 1/2 for each axis."""
+
+    family: ClassVar[str] = FAMILY
+    max_axes: int = 3
+    """How many axes, from the first, may be flipped; in 2-D one less where this is 2."""
+
+    def axes(self, num_axes: int) -> tuple[int, ...]:
+        """Give the axes that may be flipped."""
+        if self.max_axes == 2 and num_axes == 2:
+            return (0,)  # spec 04 §2: onlyMirror01 flips axis 0 alone in 2-D
+        return tuple(range(min(self.max_axes, num_axes)))
+
+    def sample(self, key: PRNGKeyArray, patch: PatchGeometry) -> Bool[Array, "axis"]:
+        """Draw for each axis whether it is flipped."""
+        num_axes = len(patch.patch_size)
+        allowed = np.isin(np.arange(num_axes), patch.mirror_axes)
+        return jax.random.bernoulli(key, 0.5, (num_axes,)) & allowed
+
+    def apply(self, volume: Shaped[Array, "*patch"], value: Bool[Array, "axis"]) -> Array:
+        """Flip one channel or the label."""
+        return apply_mirror(volume, value)
+
+    def examples(self, patch: PatchGeometry) -> Iterable[Example]:
+        """Give the flip of each axis."""
+        num_axes = len(patch.patch_size)
+        for axis in reversed(patch.mirror_axes):
+            title = f"mirror {'zyx'[-num_axes:][axis]}"
+            yield Example(title, jnp.asarray(np.arange(num_axes) == axis))
 
 
 def affine_matrix(
@@ -313,14 +452,6 @@ def apply_spatial(
         return tuple(cut(volume) for volume in volumes), cut(label, fill=pad_label)
 
     return lax.cond(draw.resample, resample, crop, volumes, label)
-
-
-def sample_mirror(
-    key: PRNGKeyArray, num_axes: int, mirror_axes: tuple[int, ...]
-) -> Bool[Array, "axis"]:
-    """Draw for each axis whether it is flipped: probability 1/2 for `mirror_axes`, else never."""
-    allowed = np.isin(np.arange(num_axes), mirror_axes)
-    return jax.random.bernoulli(key, 0.5, (num_axes,)) & allowed
 
 
 def valid_rotation_axes(patch_size: tuple[int, ...]) -> tuple[int, ...]:

@@ -12,6 +12,7 @@ from panther_jax.config.loading import (
 )
 from panther_jax.config.schema import (
     LOSSES,
+    POLICIES,
     ArchConfig,
     AugmentConfig,
     CheckpointName,
@@ -23,7 +24,6 @@ from panther_jax.config.schema import (
     LoopConfig,
     LossConfig,
     OptimConfig,
-    Policy,
     TrainConfig,
     ValidationConfig,
 )
@@ -32,6 +32,7 @@ from panther_jax.plans.architecture import NETWORKS
 __all__ = [
     "LOSSES",
     "NETWORKS",
+    "POLICIES",
     "ArchConfig",
     "AugmentConfig",
     "CheckpointName",
@@ -44,7 +45,6 @@ __all__ = [
     "LoopConfig",
     "LossConfig",
     "OptimConfig",
-    "Policy",
     "TrainConfig",
     "ValidationConfig",
     "apply_overrides",

@@ -8,21 +8,27 @@ from typing import Any, Literal
 
 from panther_jax.base.registry import Registry
 
-Policy = Literal[
-    "default",
-    "no_mirroring",
-    "only_mirror_01",
-    "no_dummy_2d",
-    "seg_ord0",
-    "seg_ord0_no_mirroring",
-    "none",
-    "da5",
-    "da5_ord0",
-    "da5_seg_ord0",
-    "da5_fork",
-    "da5_fork_ord0",
-    "da5_fork_seg_ord0",
-]
+POLICIES: Registry[Callable[..., Any]] = Registry(
+    "augmentation policy",
+    (
+        "default",
+        "no_mirroring",
+        "only_mirror_01",
+        "no_dummy_2d",
+        "seg_ord0",
+        "seg_ord0_no_mirroring",
+        "none",
+        "da5",
+        "da5_ord0",
+        "da5_seg_ord0",
+        "da5_fork",
+        "da5_fork_ord0",
+        "da5_fork_seg_ord0",
+    ),
+    remedy="Add one of your own in your config file: put @panther_jax.config.POLICIES.add('NAME') "
+    "above a function that returns a panther_jax.augment.recipes.Policy",
+)
+"""Names of augmentation policies; `augment.recipes` holds those of the package."""
 CheckpointName = Literal["final", "best"]
 LOSSES: Registry[Callable[..., Any]] = Registry(
     "loss",
@@ -103,8 +109,13 @@ class DataConfig:
 class AugmentConfig:
     """On-device augmentation."""
 
-    policy: Policy = "default"
-    """The pipeline: nnU-Net's default or DA5, a variant of one, or none."""
+    policy: str = "default"
+    """The pipeline: nnU-Net's default or DA5, a variant of one (no_mirroring, only_mirror_01,
+    no_dummy_2d, seg_ord0, seg_ord0_no_mirroring, da5_ord0, da5_seg_ord0), the winning fork's DA5
+    (da5_fork, da5_fork_ord0, da5_fork_seg_ord0), none, or one that the config file adds."""
+
+    def __post_init__(self) -> None:
+        _require(self.policy in POLICIES.names, f"augment.policy: {POLICIES.unknown(self.policy)}")
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from typing import Literal
 
 from panther_jax.config.arguments import choose, number, parse_argument
 from panther_jax.config.schema import (
+    POLICIES,
     AugmentConfig,
     DataConfig,
     InitConfig,
@@ -18,17 +19,6 @@ from panther_jax.config.schema import (
 )
 
 KEYS = ("aug", "epochs", "lr", "schedule", "warmup", "init", "val")
-POLICIES = (
-    "default",
-    "da5",
-    "da5_ord0",
-    "da5_seg_ord0",
-    "da5_fork",
-    "da5_fork_ord0",
-    "da5_fork_seg_ord0",
-    "no_mirroring",
-    "none",
-)
 SCHEDULES = {"poly": "poly", "poly_warmup": "poly_warmup", "cosine": "cosine_warmup"}
 BUNDLES = {"ct": "ct_pancreas", "multitalent": "multitalent", "none": None}
 Init = Literal["ct", "multitalent", "none"]
@@ -47,7 +37,7 @@ def panther_stage(argument: str, *, data: DataConfig, init: Init = "ct") -> Trai
     return TrainConfig(
         data=data,
         augment=AugmentConfig(
-            policy=choose("aug", given, {name: name for name in POLICIES}, default="default")
+            policy=choose("aug", given, {name: name for name in POLICIES.names}, default="default")
         ),
         optim=OptimConfig(
             optimizer="sgd",

@@ -10,7 +10,6 @@ from panther_jax.plans.plans import Plans
 
 if TYPE_CHECKING:  # JAX loads when there is something to do: --help must be quick
     from panther_jax.weights.checkpoint import Kind
-UNFLIPPED_POLICIES = ("none", "no_mirroring")
 PASSED_ON = ("started", "config_file", "config_argument", "device", "git_revision", "params_sha256")
 
 
@@ -107,11 +106,10 @@ def run_mirror_axes(run: Path, plans: Plans) -> tuple[int, ...]:
         recorded = read_object(path).get("inference_allowed_mirroring_axes")
         if recorded is not None:
             return tuple(int(a) for a in recorded)
+    from panther_jax.augment import policies
+
     policy = str(read_object(run / "config.json")["augment"]["policy"])
-    axes = tuple(range(len(plans.patch_size)))
-    if policy.endswith(UNFLIPPED_POLICIES):
-        return ()
-    return (axes[:-1] or axes)[:2] if policy == "only_mirror_01" else axes
+    return policies.patch_geometry(policy, plans.patch_size).mirror_axes
 
 
 def _about(run: Path, fold: str) -> Mapping[str, Any]:

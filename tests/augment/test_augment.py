@@ -16,15 +16,22 @@ from panther_jax.training import step
 RESAMPLED_SEED = 23  # draws a rotation, blur and contrast
 # Compiling takes most of the time of these tests, running next to none.
 quick_jit = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
-BLUR = quick_jit(intensity.apply_blur, static_argnames="max_radius")
-CONTRAST = quick_jit(intensity.apply_contrast, static_argnames="clip")
-GAMMA = quick_jit(intensity.apply_gamma, static_argnames="invert")
-LOW_RESOLUTION = quick_jit(intensity.apply_low_resolution)
+BLUR = quick_jit(intensity.Blur(sigma_range=(0.5, 1.6)).apply)  # a window of 5 voxels either side
+CONTRAST = quick_jit(intensity.Contrast(factor_range=(0.5, 2.0)).apply)
+UNCLIPPED = quick_jit(intensity.Contrast(factor_range=(0.5, 2.0), clip=False).apply)
+GAMMA = quick_jit(intensity.Gamma(gamma_range=(0.7, 1.5)).apply)
+INVERTED_GAMMA = quick_jit(intensity.Gamma(gamma_range=(0.7, 1.5), invert=True).apply)
+LOW_RESOLUTION = quick_jit(intensity.LowResolution(scale_range=(0.25, 1.0)).apply)
 LOW_RESOLUTION_SIZE = quick_jit(intensity.low_resolution_size, static_argnums=0)
+BRIGHTNESS = intensity.Brightness(factor_range=(0.75, 1.25))
+SHIFT = intensity.BrightnessShift(sigma=0.5)
+GRADIENT = local.Gradient(amount_ranges=((-5.0, -1.0), (1.0, 5.0)))
+LOCAL_GAMMA = local.LocalGamma(amount_ranges=((0.01, 0.8), (1.5, 4.0)))
+SHARPEN = local.Sharpen(strength_range=(0.1, 1.0))
 AFFINE_MATRIX = quick_jit(spatial.affine_matrix)
 MIRROR = quick_jit(spatial.apply_mirror)
-MEDIAN = quick_jit(local.apply_median)
-RECTANGLES = quick_jit(local.apply_rectangles)
+MEDIAN = quick_jit(local.Median().apply)
+RECTANGLES = quick_jit(local.BlankRectangles().apply)
 ORIENT = quick_jit(spatial.apply_orientation)
 
 
@@ -143,15 +150,15 @@ def test_spatial_cases(golden):
 def intensity_result(params, channel, volume, arrays):
     """Our result for one channel of a golden case, and its tolerance (README)."""
     if "sigmas" in params:
-        return BLUR(volume, jnp.asarray(params["sigmas"][channel]), max_radius=5), 1e-5
+        return BLUR(volume, jnp.asarray(params["sigmas"][channel])), 1e-5
     if "multipliers" in params:
         factor = jnp.float32(params["multipliers"][channel])
         if "preserve_range" in params:
-            clip = params["preserve_range"]
-            return CONTRAST(volume, factor, clip=clip), 1e-5
-        return intensity.apply_brightness(volume, factor), 1e-5
+            contrast = CONTRAST if params["preserve_range"] else UNCLIPPED
+            return contrast(volume, factor), 1e-5
+        return BRIGHTNESS.apply(volume, factor), 1e-5
     if "shift" in params:
-        return intensity.apply_shift(volume, jnp.float32(params["shift"][channel])), 1e-5
+        return SHIFT.apply(volume, jnp.float32(params["shift"][channel])), 1e-5
     if "low_shape" in params:
         scales = jnp.asarray(params["scales"][channel], jnp.float32)
         sizes = map(LOW_RESOLUTION_SIZE, volume.shape, scales)
@@ -159,10 +166,10 @@ def intensity_result(params, channel, volume, arrays):
         return LOW_RESOLUTION(volume, scales), 1e-5
     if "invert" in params:
         gamma = jnp.float32(params["gamma"][channel])
-        return GAMMA(volume, gamma, invert=params["invert"]), 2e-5
+        return (INVERTED_GAMMA if params["invert"] else GAMMA)(volume, gamma), 2e-5
     if "sigma" in params:
         noise = jnp.asarray(arrays["noise_eps"][channel])
-        return intensity.apply_noise(volume, jnp.float32(params["sigma"]), noise), 1e-5
+        return intensity.add_noise(volume, jnp.float32(params["sigma"]), noise), 1e-5
     return local_result(params, volume)
 
 
@@ -176,15 +183,15 @@ def local_result(params, volume):
         )
         return RECTANGLES(volume, boxes), 1e-5
     if "loc" not in params:
-        return local.apply_sharpen(volume, jnp.float32(params["strength"])), 1e-5
+        return SHARPEN.apply(volume, jnp.float32(params["strength"])), 1e-5
     amount = params.get("strength", params.get("gamma", 0.0))
     window = local.Window(
         jnp.asarray(params["loc"]), jnp.asarray(params["scale"]), jnp.float32(amount)
     )
     if "strength" in params:
-        return local.apply_gradient(volume, window), 2e-5
+        return GRADIENT.apply(volume, window), 2e-5
     if "gamma" in params:
-        return local.apply_local_gamma(volume, window), 2e-5
+        return LOCAL_GAMMA.apply(volume, window), 2e-5
     return local.window_weights(window.centre, window.width, volume.shape), 1e-4
 
 
@@ -308,9 +315,9 @@ def test_identity_parameters_return_the_input():
     np.testing.assert_array_equal(result, label)
     one, ones = jnp.float32(1), jnp.ones(3)
     np.testing.assert_array_equal(LOW_RESOLUTION(volume, ones), volume)
-    np.testing.assert_array_equal(BLUR(volume, 0.05 * ones, max_radius=3), volume)
-    np.testing.assert_array_equal(intensity.apply_brightness(volume, one), volume)
-    np.testing.assert_array_equal(intensity.apply_noise(volume, 0 * one, volume), volume)
+    np.testing.assert_array_equal(BLUR(volume, 0.05 * ones), volume)
+    np.testing.assert_array_equal(BRIGHTNESS.apply(volume, one), volume)
+    np.testing.assert_array_equal(intensity.add_noise(volume, 0 * one, volume), volume)
     # 1e-6: rounding of the detour over the mean
     np.testing.assert_allclose(CONTRAST(volume, one), volume, atol=1e-6)
     np.testing.assert_allclose(GAMMA(volume, one), volume, atol=2e-6)
@@ -319,9 +326,10 @@ def test_identity_parameters_return_the_input():
 def test_blur_window_does_not_matter_beyond_its_radius():
     volume = jnp.asarray(np.random.default_rng(2).standard_normal((12, 9, 8)), jnp.float32)
     for sigma in (0.5, 0.9, 1.0):
-        radius = intensity.blur_radius(sigma)
+        tight_blur = intensity.Blur(sigma_range=(0.5, sigma))
+        assert tight_blur.max_radius < 5
         sigmas = jnp.full(3, sigma)
-        tight, wide = (BLUR(volume, sigmas, max_radius=r) for r in (radius, 5))
+        tight, wide = quick_jit(tight_blur.apply)(volume, sigmas), BLUR(volume, sigmas)
         np.testing.assert_allclose(tight, wide, atol=1e-6)
 
 
@@ -354,7 +362,7 @@ def assert_same_sample(ours, expected):
 
 def test_same_key_same_result_jitted_or_not():
     compiled, _, (image, label) = default_2d()
-    spec = policies.policy_spec("default")
+    spec = policies.find_policy("default")
     geometry = policies.patch_geometry("default", PATCH_2D)
     key = jax.random.key(RESAMPLED_SEED)
     draws = quick_jit(lambda key: policies.sample_draws(key, 1, spec, geometry))(key)

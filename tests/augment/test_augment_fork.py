@@ -11,15 +11,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import ndimage
 
-from panther_jax.augment import fork, local, policies, recipes, spatial
+from panther_jax.augment import fork, intensity, local, policies, recipes, spatial
 from panther_jax.preprocessing.resampling import axis_operator
 
 # Compiling takes most of the time of these tests, running next to none.
 quick_jit = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
-BLUR = quick_jit(fork.apply_blur)
-LOW_RESOLUTION = quick_jit(fork.apply_low_resolution)
-SHARPEN = quick_jit(fork.apply_sharpen)
-GAMMA = quick_jit(fork.apply_gamma, static_argnames="invert")
+BLUR = quick_jit(fork.Blur(sigma_range=(0.3, 1.5)).apply)
+LOWER = fork.LowResolution(scale_range=(0.25, 1.0))
+LOW_RESOLUTION = quick_jit(LOWER.apply)
+SHARPEN = quick_jit(fork.Sharpen(strength_range=(0.1, 1.0)).apply)
+GAMMA = quick_jit(fork.Gamma(gamma_range=(0.7, 1.5)).apply)
+INVERTED_GAMMA = quick_jit(fork.Gamma(gamma_range=(0.7, 1.5), invert=True).apply)
 CUBIC = quick_jit(fork.resample_cubic)
 NEAREST = quick_jit(fork.resample_nearest, static_argnames="fill")
 INTERPOLATION = {0: "nearest", 1: "linear", 3: "cubic"}
@@ -47,7 +49,7 @@ def intensity_result(params, volume):
     if "zoom" in params:
         return LOW_RESOLUTION(volume, params["zoom"] * ones)
     if "gamma" in params:
-        return GAMMA(volume, jnp.float32(params["gamma"]), invert=params["invert"])
+        return (INVERTED_GAMMA if params["invert"] else GAMMA)(volume, jnp.float32(params["gamma"]))
     return SHARPEN(volume, jnp.float32(params["strength"]))
 
 
@@ -136,7 +138,7 @@ def test_identity_parameters_return_the_input():
     np.testing.assert_allclose(image, volume, atol=5e-6)
     np.testing.assert_allclose(LOW_RESOLUTION(volume, jnp.ones(3)), volume, atol=5e-6)
     np.testing.assert_array_equal(result, label)
-    np.testing.assert_allclose(GAMMA(volume, jnp.float32(1), invert=True), volume, atol=2e-6)
+    np.testing.assert_allclose(INVERTED_GAMMA(volume, jnp.float32(1)), volume, atol=2e-6)
     np.testing.assert_array_equal(SHARPEN(volume, jnp.float32(0)), volume)
     np.testing.assert_array_equal(BLUR(volume, 0.05 * jnp.ones(3)), volume)
 
@@ -145,7 +147,7 @@ def test_identity_parameters_return_the_input():
 def test_low_resolution_is_down_and_up_sampling(size):
     signal = np.random.default_rng(size).standard_normal(size).astype(np.float32)
     scales = np.linspace(0.25, 1, 7, dtype=np.float32)[:, None]
-    many = quick_jit(jax.vmap(fork.apply_low_resolution, (None, 0)))(jnp.asarray(signal), scales)
+    many = quick_jit(jax.vmap(LOWER.apply, (None, 0)))(jnp.asarray(signal), scales)
     for scale, ours in zip(scales[:, 0], many, strict=True):
         low_size = round(size * float(scale))
         small = axis_operator(size, low_size, "spline0") @ signal
@@ -157,18 +159,22 @@ def test_low_resolution_is_down_and_up_sampling(size):
 # --- laws ---
 
 
+def position(policy, kind):
+    return [isinstance(transform, kind) for transform in policy.transforms].index(True)
+
+
 @pytest.fixture(scope="module")
 def draws():
     """Many samples of one channel pair, two samples a batch."""
-    spec, geometry = recipes.policy_spec("da5_fork"), policies.patch_geometry("da5_fork", (30,) * 3)
+    spec, geometry = recipes.find_policy("da5_fork"), policies.patch_geometry("da5_fork", (30,) * 3)
 
     def sample(keys):
         key, batch_key = keys
         drawn = policies.sample_draws(key, 2, spec, geometry, batch_key=batch_key)
-        noise = [step.kind for step in spec.steps].index("noise")
-        steps = list(drawn.steps)
+        noise = position(spec, intensity.Noise)
+        steps = list(drawn.transforms)
         steps[noise] = steps[noise]._replace(value=steps[noise].value.sigma)
-        return drawn._replace(steps=tuple(steps))
+        return drawn._replace(transforms=tuple(steps))
 
     keys = jax.random.split(jax.random.key(5), NUM_DRAWS)
     batch_keys = jnp.repeat(jax.random.split(jax.random.key(6), NUM_DRAWS // 2), 2)
@@ -202,45 +208,53 @@ def test_spatial_law(draws):
     assert angles.std() == pytest.approx(np.pi / 6 / np.sqrt(3), rel=0.02)
 
 
+def label(transform):
+    if isinstance(transform, intensity.Contrast):
+        return "clipped" if transform.clip else "unclipped"
+    if isinstance(transform, fork.Gamma):
+        assert transform.invert
+    return f"{type(transform).__module__.rpartition('.')[2]}.{type(transform).__name__}"
+
+
 def test_gates_and_choices(draws):
     spec, drawn = draws
     expected = {  # spec 04 §4: gate of a sample (alternatives: half of it), of a channel
-        "median": (0.1, 0.5),
-        "blur": (0.1, 0.5),
-        "noise": (0.1, 1.0),
-        "shift": (0.1, 0.5),
-        "contrast": (0.1, 0.5),
-        "contrast_unclipped": (0.1, 0.5),
-        "low_resolution": (0.15, 0.5),
-        "gamma_inverted": (0.1, 1.0),
-        "rectangles": (0.4, 0.5),
-        "gradient": (0.3, 0.5),
-        "local_gamma": (0.3, 0.5),
-        "sharpen": (0.2, 0.5),
+        "local.Median": (0.1, 0.5),
+        "fork.Blur": (0.1, 0.5),
+        "intensity.Noise": (0.1, 1.0),
+        "intensity.BrightnessShift": (0.1, 0.5),
+        "clipped": (0.1, 0.5),
+        "unclipped": (0.1, 0.5),
+        "fork.LowResolution": (0.15, 0.5),
+        "fork.Gamma": (0.1, 1.0),
+        "fork.BlankRectangles": (0.4, 0.5),
+        "local.Gradient": (0.3, 0.5),
+        "local.LocalGamma": (0.3, 0.5),
+        "fork.Sharpen": (0.2, 0.5),
     }
-    assert {step.kind for step in spec.steps} == set(expected)
+    assert set(map(label, spec.transforms)) == set(expected)
     gates = {}
-    for step, draw in zip(spec.steps, drawn.steps, strict=True):
-        p_sample, p_channel = expected[step.kind]
+    for transform, draw in zip(spec.transforms, drawn.transforms, strict=True):
+        kind = label(transform)
+        p_sample, p_channel = expected[kind]
         # a choice of the batch makes two samples dependent: at worst half as many draws
-        assert_frequency(draw.gate[:, 0], p_sample * p_channel, step.kind, count=NUM_DRAWS / 2)
+        assert_frequency(draw.gate[:, 0], p_sample * p_channel, kind, count=NUM_DRAWS / 2)
         both = draw.gate.all(axis=1)
-        assert_frequency(both, p_sample * p_channel**2, step.kind, count=NUM_DRAWS / 2)
-        gates[step.kind] = draw.gate.any(axis=1)
-    for first, second in (("median", "blur"), ("contrast", "contrast_unclipped")):
+        assert_frequency(both, p_sample * p_channel**2, kind, count=NUM_DRAWS / 2)
+        gates[kind] = draw.gate.any(axis=1)
+    for first, second in (("local.Median", "fork.Blur"), ("clipped", "unclipped")):
         of_batch = [gates[kind].reshape(-1, 2).any(axis=1) for kind in (first, second)]
         assert not (of_batch[0] & of_batch[1]).any()  # one choice for all samples of a batch
         assert of_batch[0].any() and of_batch[1].any()
     # the two choices of a batch are independent of each other: all four pairs occur
-    for first in ("median", "blur"):
-        for second in ("contrast", "contrast_unclipped"):
+    for first in ("local.Median", "fork.Blur"):
+        for second in ("clipped", "unclipped"):
             assert (gates[first] & gates[second]).any()
 
 
 def test_rectangle_law(draws):
     spec, drawn = draws
-    step = [step.kind for step in spec.steps].index("rectangles")
-    boxes = drawn.steps[step].value
+    boxes = drawn.transforms[position(spec, fork.BlankRectangles)].value
     np.testing.assert_array_equal(np.unique(boxes.count), [1, 2, 3, 4, 5])
     np.testing.assert_array_equal(np.unique(boxes.size), np.arange(3, 11))
     assert boxes.count.mean() == pytest.approx(3, abs=0.05)
@@ -251,7 +265,7 @@ def test_rectangle_law(draws):
     assert share.mean() == pytest.approx(0.5, abs=0.005)
     volume = jnp.arange(1000.0).reshape(10, 10, 10)
     one = local.Rectangles(jnp.int32(5), jnp.ones((5, 3), int), jnp.full((5, 3), 2))
-    blanked = quick_jit(local.apply_rectangles)(volume, one)
+    blanked = quick_jit(fork.BlankRectangles().apply)(volume, one)
     assert np.unique(blanked[1:3, 1:3, 1:3]).size == 1 and (blanked != volume).sum() == 8
 
 
@@ -261,12 +275,13 @@ def test_policies_differ_in_interpolation_only():
         "da5_fork_ord0": ("nearest", "nearest"),
         "da5_fork_seg_ord0": ("cubic", "nearest"),
     }
-    specs = {name: recipes.policy_spec(name) for name in fork_specs}
+    specs = {name: recipes.find_policy(name) for name in fork_specs}
     for name, kinds in fork_specs.items():
-        assert (specs[name].image_interpolation, specs[name].label_interpolation) == kinds
-        assert specs[name].steps == specs["da5_fork"].steps
+        warp = specs[name].warp
+        assert (warp.image_interpolation, warp.label_interpolation) == kinds
+        assert specs[name].transforms == specs["da5_fork"].transforms
     with pytest.raises(ValueError, match="seg_pad_label 0"):
-        policies.resampling(specs["da5_fork"], pad_label=0)
+        specs["da5_fork"].warp.resampling(pad_label=0)
     with pytest.raises(ValueError, match="'linear' of the image"):
         fork.resampling("linear", "linear")
     with pytest.raises(ValueError, match="'cubic'"):

@@ -1,3 +1,4 @@
+import dataclasses
 import itertools
 import json
 import re
@@ -8,21 +9,21 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from panther_jax.augment import local, policies, recipes, spatial
+from panther_jax.augment import intensity, local, policies, recipes, spatial
 
 PIPELINE_KINDS = {
-    "GaussianNoiseTransform": ("noise",),
-    "GaussianBlurTransform": ("blur",),
-    "MultiplicativeBrightnessTransform": ("brightness",),
-    "BrightnessAdditiveTransform": ("shift",),
-    "ContrastTransform": ("contrast", "contrast_unclipped"),
-    "SimulateLowResolutionTransform": ("low_resolution",),
-    "GammaTransform": ("gamma", "gamma_inverted"),
-    "MedianFilterTransform": ("median",),
-    "BlankRectangleTransform": ("rectangles",),
-    "BrightnessGradientAdditiveTransform": ("gradient",),
-    "LocalGammaTransform": ("local_gamma",),
-    "SharpeningTransform": ("sharpen",),
+    "GaussianNoiseTransform": intensity.Noise,
+    "GaussianBlurTransform": intensity.Blur,
+    "MultiplicativeBrightnessTransform": intensity.Brightness,
+    "BrightnessAdditiveTransform": intensity.BrightnessShift,
+    "ContrastTransform": intensity.Contrast,
+    "SimulateLowResolutionTransform": intensity.LowResolution,
+    "GammaTransform": intensity.Gamma,
+    "MedianFilterTransform": local.Median,
+    "BlankRectangleTransform": local.BlankRectangles,
+    "BrightnessGradientAdditiveTransform": local.Gradient,
+    "LocalGammaTransform": local.LocalGamma,
+    "SharpeningTransform": local.Sharpen,
 }
 TRAINER_POLICY = {"default": "default", "DA5": "da5"}
 NUM_DRAWS = 20_000
@@ -80,23 +81,29 @@ def test_pipelines_have_the_reference_numbers(golden):
     for name, pipeline in pipelines.items():
         trainer, patch = name.split("_")
         policy, patch_size = TRAINER_POLICY[trainer], tuple(map(int, patch.split("x")))
-        spec = recipes.policy_spec(policy)
+        spec = recipes.find_policy(policy)
         geometry = policies.patch_geometry(policy, patch_size)
         arguments = {entry["name"]: entry["args"] for entry in pipeline if "name" in entry}
         check_spatial_numbers(arguments["SpatialTransform"], spec, geometry)
         assert ("Convert3DTo2DTransform" in arguments) == geometry.dummy_2d
         assert tuple(arguments["MirrorTransform"]["allowed_axes"]) == geometry.mirror_axes
         reference = list(golden_steps(pipeline))
-        assert len(reference) == len(spec.steps)
-        for step, (transform, gate, args) in zip(spec.steps, reference, strict=True):
+        assert len(reference) == len(spec.transforms)
+        for step, (transform, gate, args) in zip(spec.transforms, reference, strict=True):
             check_step_numbers(step, transform, gate, args, geometry)
         check_orientation_numbers(pipeline, spec, patch_size)
+
+
+def orientation_chances(spec):
+    part = spec.reorientation
+    return (0.0, 0.0) if part is None else (part.p_rot90, part.p_transpose)
 
 
 def check_orientation_numbers(pipeline, spec, patch_size):
     entries = {entry["name"]: entry for entry in pipeline if "name" in entry}
     valid_axes = spatial.valid_rotation_axes(patch_size)
-    for name, p in (("Rot90Transform", spec.p_rot90), ("TransposeAxesTransform", spec.p_transpose)):
+    p_rot90, p_transpose = orientation_chances(spec)
+    for name, p in (("Rot90Transform", p_rot90), ("TransposeAxesTransform", p_transpose)):
         assert (name in entries) == bool(p and valid_axes)
         if name in entries:
             assert entries[name]["p"] == p
@@ -107,50 +114,59 @@ def check_orientation_numbers(pipeline, spec, patch_size):
 def check_spatial_numbers(args, spec, geometry):
     assert tuple(args["patch_size"]) == geometry.patch_size[geometry.dummy_2d :]
     assert tuple(args["rotation"]) == pytest.approx(geometry.rotation_range_rad)
-    assert (args["p_rotation"], args["p_rot_per_axis"]) == (spec.p_rotation, spec.p_rotation_axis)
-    assert (args["p_scaling"], tuple(args["scaling"])) == (spec.p_scale, spec.scale_range)
-    assert args["p_synchronize_scaling_across_axes"] == spec.same_scale
+    warp = spec.warp
+    assert (args["p_rotation"], args["p_rot_per_axis"]) == (warp.p_rotation, warp.p_rotation_axis)
+    assert (args["p_scaling"], tuple(args["scaling"])) == (warp.p_scale, warp.scale_range)
+    assert args["p_synchronize_scaling_across_axes"] == warp.same_scale
     assert args["p_elastic_deform"] == 0
 
 
+def value_range(step):
+    return next(
+        getattr(step, field.name)
+        for field in dataclasses.fields(step)
+        if field.name.endswith("_range")
+    )
+
+
 def check_step_numbers(step, transform, gate, args, geometry):
-    assert step.kind in PIPELINE_KINDS[transform]
+    assert type(step) is PIPELINE_KINDS[transform]
     assert step.gate == pytest.approx(gate)
     assert step.p_channel == args["p_per_channel"]
-    if step.kind not in ("gradient", "local_gamma"):  # windows: their laws are tested
+    if not isinstance(step, local.Windowed):  # their laws are tested
         range_names = ("noise_variance", "blur_sigma", "multiplier_range", "contrast_range")
         range_names += ("scale", "gamma", "strength")
         ranges = [args[name] for name in range_names if name in args]
-        assert all(step.value_range == numbers_in(values) for values in ranges)
-    if step.kind == "shift":
-        assert (args["mu"], args["sigma"]) == (0, step.value_range[1])
-    if "contrast" in step.kind:
-        assert args["preserve_range"] == (step.kind == "contrast")
-    if step.kind == "median":
+        assert all(value_range(step) == numbers_in(values) for values in ranges)
+    if isinstance(step, intensity.BrightnessShift):
+        assert (args["mu"], args["sigma"]) == (0, step.sigma)
+    if isinstance(step, intensity.Contrast):
+        assert args["preserve_range"] == step.clip
+    if isinstance(step, local.Median):
         low, high = args["filter_size"]
         assert tuple(range(low, high)) == local.MEDIAN_SIZES
-    if step.kind == "rectangles":
-        assert args["num_rectangles"] == [1, local.MAX_RECTANGLES + 1]
-    if step.kind == "blur":
+    if isinstance(step, local.BlankRectangles):
+        assert args["num_rectangles"] == [1, step.max_count + 1]
+    if isinstance(step, intensity.Blur):
         assert step.same_axes == args["synchronize_axes"]
-    if step.kind == "low_resolution":
+    if isinstance(step, intensity.LowResolution):
         assert args["ignore_axes"] == ([0] if geometry.dummy_2d else None)
-    if "gamma" in step.kind and "p_invert_image" in args:
-        assert (step.kind == "gamma_inverted") == (args["p_invert_image"] == 1)
+    if isinstance(step, intensity.Gamma) and "p_invert_image" in args:
+        assert step.invert == (args["p_invert_image"] == 1)
         assert args["p_retain_stats"] == 1
 
 
 def own_draws(policy, patch_size, num_channels=2):
     geometry = policies.patch_geometry(policy, patch_size)
-    spec = recipes.policy_spec(policy)
+    spec = recipes.find_policy(policy)
 
     def sample(key):
         draws = policies.sample_draws(key, num_channels, spec, geometry)
         steps = [
-            draw._replace(value=draw.value.sigma) if step.kind == "noise" else draw
-            for step, draw in zip(spec.steps, draws.steps, strict=True)
+            draw._replace(value=draw.value.sigma) if isinstance(step, intensity.Noise) else draw
+            for step, draw in zip(spec.transforms, draws.transforms, strict=True)
         ]
-        return draws._replace(steps=steps)
+        return draws._replace(transforms=steps)
 
     keys = jax.random.split(jax.random.key(11), NUM_DRAWS)
     return jax.tree.map(np.asarray, quick_jit(partial(jax.lax.map, sample))(keys))
@@ -205,7 +221,8 @@ def check_alternatives_exclude_each_other(steps):
         assert both.any() != step.is_alternative
 
 
-def check_step_laws(laws, draw, kind):
+def check_step_laws(laws, draw, step):
+    kind = type(step).__name__
     p_sample = laws["p_sample"]["mean"] / (2 if laws["p_sample"]["one_of"] else 1)
     p_channel = laws.get("p_channel", {"mean": 1.0})["mean"]
     for together in (1, 2):  # the gates of one channel, and of two channels together
@@ -215,7 +232,7 @@ def check_step_laws(laws, draw, kind):
         if name in ("p_sample", "p_channel"):
             continue
         if name == "p_invert":
-            assert law["mean"] == (kind == "gamma_inverted")
+            assert law["mean"] == step.invert
         elif name.endswith("isotropic_fraction"):
             assert (draw.value == draw.value[..., :1]).all(axis=-1).mean() == law["mean"]
         else:
@@ -242,16 +259,17 @@ def check_value_law(name, law, value):
 
 
 def check_orientation_laws(policy, patch, transforms):
-    spec, valid_axes = recipes.policy_spec(policy), spatial.valid_rotation_axes((1, 1, 1))
+    p_rot90, p_transpose = orientation_chances(recipes.find_policy(policy))
+    valid_axes = spatial.valid_rotation_axes((1, 1, 1))
     keys = jax.random.split(jax.random.key(12), NUM_DRAWS)
-    turn, turns, plane = jax.vmap(
-        lambda key: spatial.sample_rot90(key, valid_axes, p=spec.p_rot90)
-    )(keys)
+    turn, turns, plane = jax.vmap(lambda key: spatial.sample_rot90(key, valid_axes, p=p_rot90))(
+        keys
+    )
     transpose, order = jax.vmap(
-        lambda key: spatial.sample_transpose(key, 3, valid_axes, p=spec.p_transpose)
+        lambda key: spatial.sample_transpose(key, 3, valid_axes, p=p_transpose)
     )(keys)
-    assert_frequency(np.asarray(turn), spec.p_rot90, "rot90")
-    assert_frequency(np.asarray(transpose), spec.p_transpose, "transpose")
+    assert_frequency(np.asarray(turn), p_rot90, "rot90")
+    assert_frequency(np.asarray(transpose), p_transpose, "transpose")
     laws = transforms.pop("Rot90", {})
     for k, expected in enumerate(laws.get("k_frequencies", {"mean": []})["mean"]):
         assert_frequency(np.asarray(turns) == k, expected, f"k = {k}")
@@ -281,17 +299,17 @@ def test_sampling_laws(golden):
         check_orientation_laws(policy, patch, transforms)
         for name, law in transforms.pop("MirrorTransform").items():
             assert_frequency(draws.flips[:, int(name[-1])], law["mean"], name)
-        steps = list(zip(recipes.policy_spec(policy).steps, draws.steps, strict=True))
+        steps = list(zip(recipes.find_policy(policy).transforms, draws.transforms, strict=True))
         check_alternatives_exclude_each_other(steps)
         for transform, laws in transforms.items():
             name, _, number = transform.partition("#")
-            same = [pair for pair in steps if pair[0].kind in PIPELINE_KINDS[name]]
+            same = [pair for pair in steps if type(pair[0]) is PIPELINE_KINDS[name]]
             step, draw = same[int(number or 1) - 1]
-            check_step_laws(laws, draw, step.kind)
+            check_step_laws(laws, draw, step)
 
 
 @pytest.mark.parametrize(
-    ("policy", "patch_size"), list(zip(recipes.POLICIES, itertools.cycle(SHAPES), strict=False))
+    ("policy", "patch_size"), list(zip(recipes.BUILT_IN, itertools.cycle(SHAPES), strict=False))
 )
 def test_shapes_of_every_policy(policy, patch_size):
     geometry = policies.patch_geometry(policy, patch_size)

@@ -4,6 +4,7 @@ import json
 import numpy as np
 import pytest
 import weight_files as made
+from weight_files import write_bundle
 
 from panther_jax.base.errors import CheckpointError
 from panther_jax.ensembles.specification import EnsembleError, EnsembleSpec, MemberSpec

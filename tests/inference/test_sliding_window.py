@@ -522,7 +522,7 @@ def test_mean_logits():
 
 def golden_network(golden):
     """Forward function and parameters by fold of the golden model folder."""
-    model = pytest.importorskip("panther_jax.model")
+    model = pytest.importorskip("panther_jax.network.unet")
     folder = golden / "inference" / "model"
     plans = Plans.from_nnunet(
         json.loads((folder / "plans.json").read_text()),

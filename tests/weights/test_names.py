@@ -4,7 +4,7 @@ from pathlib import Path
 
 import published_layout as layout
 import pytest
-from test_members import write_bundle
+from weight_files import write_bundle
 
 from panther_jax.weights import names
 from panther_jax.weights.names import AmbiguousModel, ModelNotFound, resolve_model

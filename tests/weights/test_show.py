@@ -5,7 +5,7 @@ import json
 import published_layout as layout
 import pytest
 import weight_files as made
-from test_members import write_bundle
+from weight_files import write_bundle
 
 from panther_jax.weights import __main__ as command
 from panther_jax.weights.show import find_models, require_models, show

@@ -17,6 +17,7 @@ from panther_jax.network.unet import walk
 from panther_jax.weights import __main__ as command
 from panther_jax.weights.checkpoint import TrainState
 from panther_jax.weights.models import load_model
+from panther_jax.weights.names import named_start
 from panther_jax.weights.public import KNOWN
 from panther_jax.weights.show import find_models
 from panther_jax.weights.start import load_start
@@ -86,7 +87,7 @@ def test_the_container_command_by_name(root, scan, tmp_path):
 
 
 def test_training_starts_from_a_name(root, tmp_path):
-    folder = Places(root).bundle("winner-ct")
+    folder = named_start("winner-ct", Places(root))
     assert folder == path_of(root, "winner-ct")
     start = load_start(folder, fold=3, stem="reinit")
     assert set(start.params) == {"all"} and start.absent == ("stem",)
@@ -105,7 +106,7 @@ def test_training_starts_from_a_name(root, tmp_path):
     taken = [k for k in new if not k.startswith(("decoder/heads/", "encoder/stem/"))]
     assert 0 < len(taken) < len(new)
     assert all(np.array_equal(new[k], (source if k in taken else old)[k]) for k in new)
-    member = load_start(Places(root).bundle("winner-t1"), fold=5, stem="copy")
+    member = load_start(named_start("winner-t1", Places(root)), fold=5, stem="copy")
     assert set(member.params) == {"5"} and member.absent == ()
 
 
