@@ -77,6 +77,7 @@ def folder(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_the_readmes_example(folder):
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     (example,) = re.findall(r"## From Python\n.*?```python\n(.*?)```", text, re.DOTALL)
