@@ -320,7 +320,10 @@ def selection_json(
 
 def selection_text(result: Mapping[str, Any]) -> str:
     """Tables of the candidates, the steps and the final ensemble."""
-    header = [*(statistics.TITLES[name] for name in statistics.AGGREGATES), "objective"]
+    header = [
+        *(statistics.aggregate_title(name) for name in statistics.aggregate_names()),
+        "objective",
+    ]
     singles = [[c["name"], *_cells(c), f"{c['mean_rank']:.1f}"] for c in result["candidates"]]
     steps = [
         [f"{number}. + {step['added']}", *_cells(step)]
@@ -343,14 +346,14 @@ def selection_text(result: Mapping[str, Any]) -> str:
 
 
 def _weighted(weights: Mapping[str, float]) -> list[str]:
-    titles = {name: statistics.TITLES[name] for name in weights}
+    titles = {name: statistics.aggregate_title(name) for name in weights}
     return [f"{weight:g} × {titles[name]}" for name, weight in weights.items() if weight]
 
 
 def _cells(entry: Mapping[str, Any]) -> list[str]:
     values = [
         entry["aggregates"][name] / (MM3_IN_ML if name == statistics.RMSE else 1)
-        for name in statistics.AGGREGATES
+        for name in statistics.aggregate_names()
     ]
     return [f"{value:.3f}" for value in (*values, entry["objective"])]
 
@@ -375,9 +378,8 @@ def _parser() -> argparse.ArgumentParser:
     add(
         "--metric",
         nargs="+",
-        choices=tuple(selection.METRICS),
-        default=list(selection.METRICS),
-        help="what to choose by (default: all five)",
+        metavar="M",
+        help=f"what to choose by: {', '.join(selection.objective_names())} (default: all)",
     )
     add("--weights", type=float, nargs="+", metavar="W", help="a weight a metric (default: 1)")
     add("--max-members", type=int, default=selection.MAX_MEMBERS, help="default: %(default)s")
@@ -393,6 +395,7 @@ def _parser() -> argparse.ArgumentParser:
     for action in actions.choices.values():
         action.add_argument("--quiet", action="store_true", default=argparse.SUPPRESS)
         action.add_argument("--debug", action="store_true", default=argparse.SUPPRESS)
+        command.add_plugin_option(action, default=argparse.SUPPRESS)
     return parser
 
 
@@ -438,7 +441,11 @@ def _select(arguments: argparse.Namespace) -> str:
 
 
 def _settings(arguments: argparse.Namespace) -> Settings:
-    names = arguments.metric
+    known = selection.objective_names()
+    names = arguments.metric or list(known)
+    unknown = [name for name in names if name not in known]
+    if unknown:
+        raise UsageError(f"--metric {unknown[0]!r} is not one of {', '.join(known)}")
     given = arguments.weights or [1.0] * len(names)
     if len(given) != len(names):
         raise UsageError(f"{len(given)} --weights for {len(names)} metrics: {', '.join(names)}")
@@ -450,7 +457,7 @@ def _settings(arguments: argparse.Namespace) -> Settings:
         raise UsageError(f"--max-members must be at least 1, found {arguments.max_members}")
     if arguments.workers is not None and arguments.workers < 0:
         raise UsageError(f"--workers must not be negative, found {arguments.workers}")
-    weights = {selection.METRICS[n]: w for n, w in zip(names, given, strict=True)}
+    weights = {known[n]: w for n, w in zip(names, given, strict=True)}
     count = (
         min(MAX_WORKERS, os.cpu_count() or 1) if arguments.workers is None else arguments.workers
     )

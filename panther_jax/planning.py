@@ -18,9 +18,7 @@ from panther_jax.images.splits import copy_splits
 from panther_jax.panther import configurations
 from panther_jax.planner import rules
 from panther_jax.planner.fingerprint import dataset_fingerprint
-from panther_jax.plans.plans import (
-    NORMALIZATIONS,
-)
+from panther_jax.preprocessing.normalization import NORMALIZATIONS
 from panther_jax.store.layout import DATASET, PLANS
 
 DEFAULT_PLANNER = "ResEncL"
@@ -160,12 +158,9 @@ def _check(options: PlanOptions, out: Path) -> None:
         raise command.UsageError(f"--gpu-memory-gb must be positive, found {memory}")
     if spacing is not None and not all(0 < s < math.inf for s in spacing):
         raise command.UsageError(f"--target-spacing must be positive, found {spacing}")
-    unknown = sorted({*(options.panther_normalization or ())} - {*NORMALIZATIONS})
-    if unknown:
-        raise command.UsageError(
-            f"--panther-normalization {' '.join(unknown)} is not known; expected "
-            f"{', '.join(NORMALIZATIONS)}"
-        )
+    for scheme in options.panther_normalization or ():
+        if scheme not in NORMALIZATIONS.names:
+            raise command.UsageError(f"--panther-normalization: {NORMALIZATIONS.unknown(scheme)}")
     if out.exists() and not out.is_dir():
         raise PlansError(f"{out} is a file; name a folder with --out")
 

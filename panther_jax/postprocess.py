@@ -16,7 +16,8 @@ from panther_jax.evaluation.postprocessing import (
     postprocess_files,
     read_postprocessing,
 )
-from panther_jax.images.raw_dataset import SUPPORTED_ENDINGS, read_dataset_json
+from panther_jax.images.formats import FORMATS
+from panther_jax.images.raw_dataset import read_dataset_json
 from panther_jax.plans.labels import Labels
 
 LOGGER = logging.getLogger("panther_jax")
@@ -96,7 +97,7 @@ def _of_unseen_cases(folders: Sequence[Path]) -> list[Path]:
 
 def _apply(arguments: argparse.Namespace) -> str:
     steps = read_postprocessing(arguments.postprocessing)
-    paths = _label_maps(arguments.input, SUPPORTED_ENDINGS)
+    paths = _label_maps(arguments.input, FORMATS.names)
     output: Path = arguments.output
     if output.resolve() == arguments.input.resolve():
         raise command.UsageError("--output must be another folder than --input")

@@ -13,6 +13,7 @@ from panther_jax.images import dicom_tasks
 from panther_jax.images.dicom_tasks import DicomOptions
 from panther_jax.inference.folder import PredictError, predict_folder
 from panther_jax.inference.loading import DTYPES, STRATEGIES, load, predict
+from panther_jax.library import Face
 from panther_jax.weights.names import published_checkpoint, resolve_model
 
 __all__ = ["load", "main", "predict"]
@@ -139,6 +140,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(command.normalized(sys.argv[1:] if argv is None else argv))
     _checked(parser, arguments)
     return command.run(lambda: _run(arguments), quiet=arguments.quiet, debug=arguments.debug)
+
+
+sys.modules[__name__].__class__ = Face  # panther_jax.predict is a function too
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from panther_jax.base import command
 from panther_jax.base.files import read_object
 from panther_jax.config.loading import load_config
 from panther_jax.images.raw_dataset import RawDataset, open_raw
+from panther_jax.library import Face
 from panther_jax.planner.from_config import fingerprint_if_needed, plans_from_config
 from panther_jax.plans.plans import Plans
 from panther_jax.preprocessing.pipeline import preprocess
@@ -41,14 +42,24 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def read_plans(
+    path: Path, raw: RawDataset, configuration: str | None
+) -> tuple[Plans, Mapping[str, Any] | None]:
+    """A configuration of a plans.json, and the fingerprint that lies beside it, if one does.
+
+    Raises:
+        FileNotFoundError, PlansError: if the plans cannot be used.
+    """
+    beside = path.parent / layout.FINGERPRINT
+    fingerprint = read_object(beside) if beside.is_file() else None
+    return Plans.from_nnunet(read_object(path), raw.dataset, configuration), fingerprint
+
+
 def _plans_and_fingerprint(
     arguments: argparse.Namespace, raw: RawDataset
 ) -> tuple[Plans, Mapping[str, Any] | None]:
     if arguments.plans is not None:
-        beside = arguments.plans.parent / layout.FINGERPRINT
-        fingerprint = read_object(beside) if beside.is_file() else None
-        plans = read_object(arguments.plans)
-        return Plans.from_nnunet(plans, raw.dataset, arguments.configuration), fingerprint
+        return read_plans(arguments.plans, raw, arguments.configuration)
     config, _ = load_config(arguments.config)
     fingerprint = fingerprint_if_needed(config, raw, arguments.out, workers=arguments.workers)
     return plans_from_config(config, raw.dataset, fingerprint), fingerprint
@@ -77,6 +88,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return str(arguments.out)
 
     return command.run(body, quiet=arguments.quiet, debug=arguments.debug)
+
+
+sys.modules[__name__].__class__ = Face  # panther_jax.preprocess is a function too
 
 
 if __name__ == "__main__":

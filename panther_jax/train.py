@@ -28,6 +28,7 @@ from panther_jax.config.schema import ConfigError, TrainConfig
 from panther_jax.devices import processes
 from panther_jax.devices.compiler import compiled
 from panther_jax.devices.mesh import make_mesh, replicate
+from panther_jax.library import Face
 from panther_jax.network import unet
 from panther_jax.plans.plans import Plans
 from panther_jax.reporting.pictures import plot_progress
@@ -404,6 +405,9 @@ def train_fold(
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit code."""
     return launch.main(train_fold, sys.argv[1:] if argv is None else argv)
+
+
+sys.modules[__name__].__class__ = Face  # panther_jax.train is a function too
 
 
 if __name__ == "__main__":

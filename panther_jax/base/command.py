@@ -6,6 +6,7 @@ import logging
 import traceback
 from collections.abc import Callable, Sequence
 
+from panther_jax.base import plugins
 from panther_jax.base.console import setup_logging
 from panther_jax.base.errors import PantherError
 
@@ -41,7 +42,21 @@ def parser(prog: str, description: str, example: str) -> argparse.ArgumentParser
     )
     made.add_argument("--quiet", action="store_true", help="warnings and errors only")
     made.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    add_plugin_option(made)
     return made
+
+
+def add_plugin_option(parser: argparse.ArgumentParser, default: str | None = None) -> None:
+    """Add ``--plugin FILE``, which loads the file when the command line is read."""
+    parser.add_argument(
+        "--plugin",
+        type=plugins.plugin_argument,
+        action="append",
+        default=default,
+        metavar="FILE",
+        help="Python file that adds what a config or plans name (docs/extending.md); may be given "
+        f"several times, as {plugins.VARIABLE} may list several",
+    )
 
 
 def run(body: Callable[[], str | None], *, quiet: bool, debug: bool) -> int:

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from panther_jax.base import plugins
 from panther_jax.base.errors import PantherError, WriteError
 
 EXIT_SECONDS = 5.0
@@ -80,7 +81,8 @@ class _Pool:
         context = multiprocessing.get_context("spawn")
         self._processes: dict[Any, Any] = {}
         threads = str(max(1, (os.cpu_count() or 1) // workers))
-        with _environment({"OMP_NUM_THREADS": threads, "OPENBLAS_NUM_THREADS": threads}):
+        threading = {"OMP_NUM_THREADS": threads, "OPENBLAS_NUM_THREADS": threads}
+        with _environment(threading, plugins.environment()):
             for _ in range(workers):
                 ours, theirs = context.Pipe()
                 process = context.Process(target=_serve, args=(function, theirs), daemon=True)
@@ -143,12 +145,16 @@ def _serve(function: Callable[[Any], Any], connection: Any) -> None:
 
 
 @contextlib.contextmanager
-def _environment(values: Mapping[str, str]) -> Iterator[None]:
-    """Set environment variables, where they are not already, for processes started meanwhile."""
-    added = {k: v for k, v in values.items() if k not in os.environ}
+def _environment(defaults: Mapping[str, str], values: Mapping[str, str]) -> Iterator[None]:
+    """Set environment variables for processes started meanwhile; defaults where there is none."""
+    added = {k: v for k, v in defaults.items() if k not in os.environ} | dict(values)
+    before = {key: os.environ.get(key) for key in added}
     os.environ.update(added)
     try:
         yield
     finally:
-        for key in added:
-            del os.environ[key]
+        for key, value in before.items():
+            if value is None:
+                del os.environ[key]
+            else:
+                os.environ[key] = value

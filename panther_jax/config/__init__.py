@@ -11,6 +11,7 @@ from panther_jax.config.loading import (
     load_config,
 )
 from panther_jax.config.schema import (
+    LOSSES,
     POLICIES,
     ArchConfig,
     AugmentConfig,
@@ -26,8 +27,11 @@ from panther_jax.config.schema import (
     TrainConfig,
     ValidationConfig,
 )
+from panther_jax.plans.architecture import NETWORKS
 
 __all__ = [
+    "LOSSES",
+    "NETWORKS",
     "POLICIES",
     "ArchConfig",
     "AugmentConfig",

@@ -2,7 +2,6 @@
 
 import difflib
 import hashlib
-import importlib.util
 import inspect
 import json
 from collections.abc import Sequence
@@ -10,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from panther_jax.base import plugins
 from panther_jax.config.schema import ConfigError, TrainConfig
 
 # ------------------------------------------------------------------- finding and loading files
@@ -72,11 +72,8 @@ def load_config(spec: str) -> tuple[TrainConfig, ConfigSource]:
     """
     name, _, argument = spec.partition(":")
     path = find_config(name)
-    module_spec = importlib.util.spec_from_file_location(f"panther_jax_config_{path.stem}", path)
-    assert module_spec is not None and module_spec.loader is not None, path
-    module = importlib.util.module_from_spec(module_spec)
     try:
-        module_spec.loader.exec_module(module)
+        module = plugins.run_file(path)
     except (Exception, SystemExit) as error:
         raise ConfigError(
             f"config {path} cannot be read: {type(error).__name__}: {error}; correct the file"

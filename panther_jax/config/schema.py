@@ -3,13 +3,14 @@
 import dataclasses
 import re
 import typing
+from collections.abc import Callable
 from dataclasses import dataclass, field, is_dataclass
 from typing import Any, Literal
 
 from panther_jax.base.errors import PantherError
 from panther_jax.base.registry import Registry
 
-POLICIES = Registry(
+POLICIES: Registry[Callable[..., Any]] = Registry(
     "augmentation policy",
     (
         "default",
@@ -32,6 +33,12 @@ POLICIES = Registry(
 """Names of augmentation policies; `augment.recipes` holds those of the package."""
 CheckpointName = Literal["final", "best"]
 CHECKPOINTS: tuple[CheckpointName, ...] = typing.get_args(CheckpointName)
+LOSSES: Registry[Callable[..., Any]] = Registry(
+    "loss",
+    remedy="Add one of your own in your config file: @panther_jax.config.LOSSES.add('NAME') above "
+    "a function of (logits, target, config, about), see panther_jax.training.losses",
+)
+"""Losses by name; those of the package are in `training.losses`, which puts them here."""
 
 
 class ConfigError(PantherError, ValueError):
@@ -124,8 +131,8 @@ class ArchConfig:
     weights.
     """
 
-    network: Literal["ResidualEncoderUNet", "PlainConvUNet"] = "ResidualEncoderUNet"
-    """Residual-encoder or plain U-Net."""
+    network: str = "ResidualEncoderUNet"
+    """Residual-encoder or plain U-Net (PlainConvUNet), or a network that the config file adds."""
     features: tuple[int, ...] = (32, 64, 128, 256, 320, 320)
     """Channels an encoder stage, highest resolution first."""
     kernel_sizes: tuple[tuple[int, ...], ...] = ((3, 3, 3),) * 6
@@ -142,8 +149,9 @@ class ArchConfig:
 class LossConfig:
     """The loss at one resolution, and how resolutions are weighted (spec 03 §2)."""
 
-    kind: Literal["dice_ce", "dice", "ce", "topk", "dice_topk"] = "dice_ce"
-    """Dice + cross entropy (binary cross entropy for regions), or a variant of it."""
+    kind: str = "dice_ce"
+    """Dice + cross entropy (binary cross entropy for regions), a variant of it (dice, ce, topk,
+    dice_topk), or a loss that the config file adds."""
     weight_ce: float = 1.0
     """Weight of the cross-entropy term."""
     weight_dice: float = 1.0

@@ -22,12 +22,10 @@ from panther_jax.plans.labels import Labels, LabelValue
 MAX_MEMBERS = 10
 TIE = 1e-12  # objectives closer than this are equal: sums of the same terms in another order
 MARGIN = 1e-5  # of probabilities, for the rounding of means
-METRICS = {
-    "dice": "mean_volumetric_dice",
-    "surface_dice": "mean_surface_dice",
-    "hd95": "mean_hausdorff95",
-    "masd": "mean_masd",
-    "rmse": statistics.RMSE,
+SHORT_NAMES = {
+    "mean_volumetric_dice": "dice",
+    "mean_hausdorff95": "hd95",
+    statistics.RMSE: "rmse",
 }
 
 Counts = tuple[int, ...]
@@ -41,6 +39,14 @@ class SelectionError(PantherError, ValueError):
 
 
 # ------------------------------------------------------------------------------------ objective
+
+
+def objective_names() -> dict[str, str]:
+    """What can be chosen by: short names of the aggregates, and the aggregates."""
+    return {
+        SHORT_NAMES.get(name, name.removeprefix("mean_")): name
+        for name in statistics.aggregate_names()
+    }
 
 
 @dataclass(frozen=True)
@@ -75,7 +81,7 @@ def make_objective(
     for name, _ in chosen:
         values = [single[name] for single in singles]
         low, high = min(values), max(values)
-        is_up = name in statistics.BETTER_UP
+        is_up = statistics.is_better_up(name)
         worst.append(low if is_up else high)
         best.append(high if is_up else low)
     return Objective(chosen, tuple(worst), tuple(best))

@@ -62,7 +62,7 @@ def comparison_text(result: Mapping[str, Any]) -> str:
         values = [_shown(name, entry[k]) for k in ("baseline", "candidate", "difference")]
         rows.append(
             [
-                statistics.TITLES[name],
+                statistics.aggregate_title(name),
                 *(_number(v) for v in values[:2]),
                 "-" if values[2] != values[2] else f"{values[2]:+.3f}",
                 _limits(name, (entry["low"], entry["high"])),

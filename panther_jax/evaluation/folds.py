@@ -20,7 +20,7 @@ from panther_jax.base.errors import PantherError
 from panther_jax.base.files import read_object
 from panther_jax.base.folds import FOLD_ALL, choose_folds
 from panther_jax.config.schema import CheckpointName, ValidationConfig
-from panther_jax.images.raw_dataset import SUPPORTED_ENDINGS
+from panther_jax.images.formats import image_ending
 from panther_jax.images.splits import SPLITS, read_splits
 from panther_jax.plans.labels import Labels
 from panther_jax.store.folds import fold_cases
@@ -80,7 +80,7 @@ def label_files(folder: Path) -> tuple[dict[str, Path], dict[str, str]]:
         raise FileNotFoundError(f"{folder} is not a folder; expected label maps CASE.mha there")
     found: dict[str, list[Path]] = {}
     for path in sorted(folder.iterdir()):
-        ending = file_ending(path.name)
+        ending = image_ending(path.name)
         if ending and not path.name.startswith(".") and path.is_file():
             found.setdefault(path.name[: -len(ending)], []).append(path)
     twice = {
@@ -89,12 +89,6 @@ def label_files(folder: Path) -> tuple[dict[str, Path], dict[str, str]]:
         if len(paths) > 1
     }
     return {c: paths[0] for c, paths in sorted(found.items()) if c not in twice}, twice
-
-
-def file_ending(name: str) -> str:
-    """The ending of an image's name, ``.nii.gz`` being one; empty if it is no image."""
-    lower = name.lower()
-    return next((name[-len(e) :] for e in SUPPORTED_ENDINGS if lower.endswith(e)), "")
 
 
 def reference_folder(folder: Path) -> Path:
@@ -216,7 +210,7 @@ def _summary_references(validation: Path) -> dict[str, Path]:
     try:
         for entry in read_object(path).get("metric_per_case", []):
             name, reference = Path(entry["prediction_file"]).name, entry["reference_file"]
-            found[name.removesuffix(file_ending(name))] = _located(reference, validation)
+            found[name.removesuffix(image_ending(name))] = _located(reference, validation)
     except (KeyError, TypeError):
         raise CrossValidationError(
             f"{path}: 'metric_per_case' must name the prediction_file and reference_file of each "

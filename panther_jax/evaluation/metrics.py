@@ -1,23 +1,29 @@
 """Segmentation metrics: PANTHER's, surface distances, nnU-Net's ``summary.json`` (spec 06).
 
-NumPy and SciPy only. Surfaces are made of elements at the corners of voxels (*nodes*), with areas
-from a table over the eight voxels around a node; all averages and percentiles are area-weighted.
+NumPy and SciPy only. Averages and percentiles over surfaces are area-weighted. What is measured
+of a case is a table, :data:`METRICS`: a metric is one function and one row; a user's file adds one.
 """
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache, cached_property, lru_cache
-from importlib import resources
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from jaxtyping import Bool, Float, Integer, Shaped
-from scipy import spatial
+from jaxtyping import Bool, Integer
 
+from panther_jax.base import plugins
 from panther_jax.base.files import write_text
+from panther_jax.base.registry import Registry
+from panther_jax.evaluation.surfaces import (
+    SurfaceDistances,
+    bounding_box,
+    check_shapes,
+    surface_distances,
+)
 from panther_jax.plans.labels import Labels, LabelValue
 
 Preset = Literal["default", "organisers", "fork_a", "fork_b", "fork_b_folds"]
@@ -25,173 +31,8 @@ SpacingOrder = Literal["geometric", "organisers"]
 
 SURFACE_DICE_TOLERANCE_MM = 5.0
 HAUSDORFF_PERCENT = 95.0
-PANTHER_METRICS = ("volumetric_dice", "surface_dice", "hausdorff95", "masd")
 TUMOR_NAMES = ("tumor", "tumour", "lesion")
 SUMMARY_METRICS = ("Dice", "FN", "FP", "IoU", "TN", "TP", "n_pred", "n_ref")
-_TERM_UNIT = 1 / 8  # of the table's numbers, spec 06 §2.2
-_CONTOUR_STEPS = ((0, 0), (0.5, 0.5), (0, 1), (1, 0), (1, 1))  # in units of the two spacings
-_CONTOUR_KIND = (0, 1, 1, 2, 1, 3, 4, 1, 1, 4, 3, 1, 2, 1, 1, 0)  # index above, by code
-
-# ----------------------------------------------------------------------------- surface elements
-
-
-@dataclass(frozen=True, eq=False)
-class SurfaceDistances:
-    """Distances between two surfaces in mm, with the area of the element that each belongs to.
-
-    Both directions are sorted by distance, then area. Where the other mask is empty, distances are
-    infinite; an empty mask has no elements.
-    """
-
-    reference_to_prediction: np.ndarray
-    prediction_to_reference: np.ndarray
-    reference_areas: np.ndarray
-    prediction_areas: np.ndarray
-
-
-def surface_element_areas(spacing: tuple[float, ...]) -> Float[np.ndarray, " codes"]:
-    """Area (length in 2-D) of a surface element by neighbour code, spacing in array axis order.
-
-    256 codes for three axes, 16 for two (spec 06 §2.2, §2.3).
-
-    Raises:
-        ValueError: if there are not two or three spacings.
-    """
-    return np.array(_area_table(tuple(float(s) for s in spacing)))
-
-
-@lru_cache(maxsize=64)
-def _area_table(spacing: tuple[float, ...]) -> tuple[float, ...]:
-    if len(spacing) == 2:
-        lengths = [math.hypot(a * spacing[0], b * spacing[1]) for a, b in _CONTOUR_STEPS]
-        return tuple(lengths[kind] for kind in _CONTOUR_KIND)
-    if len(spacing) != 3:
-        raise ValueError(f"spacing {spacing} must have two or three axes")
-    s0, s1, s2 = spacing
-    faces = (s1 * s2, s0 * s2, s0 * s1)
-    return tuple(_area(terms, faces) for terms in _surface_terms())
-
-
-def _area(terms: Sequence[Sequence[int]], faces: tuple[float, float, float]) -> float:
-    lengths = (
-        count * math.sqrt(sum((n * face) ** 2 for n, face in zip(normal, faces, strict=True)))
-        for *normal, count in terms
-    )
-    return sum(lengths, 0.0) * _TERM_UNIT
-
-
-@cache
-def _surface_terms() -> tuple[tuple[tuple[int, ...], ...], ...]:
-    text = (resources.files("panther_jax.evaluation") / "surfel_terms.json").read_text(
-        encoding="utf-8"
-    )
-    return tuple(tuple(tuple(t) for t in terms) for terms in json.loads(text)["terms"])
-
-
-@dataclass(frozen=True, eq=False)
-class Surface:
-    """The surface elements of a mask: their nodes on the grid of corners, and their areas."""
-
-    nodes: Integer[np.ndarray, "node axis"]
-    areas: Float[np.ndarray, " node"]
-    spacing: tuple[float, ...]
-
-    @cached_property
-    def tree(self) -> Any:
-        """A search tree of the nodes in mm."""
-        # unbalanced trees are built faster and are no slower on grid points
-        places = self.nodes * np.array(self.spacing)
-        return spatial.KDTree(places, balanced_tree=False, compact_nodes=False)
-
-
-def find_surface(mask: Bool[np.ndarray, "..."], spacing: tuple[float, ...]) -> Surface:
-    """Surface elements of a mask (spec 06 §2.1), spacing in array axis order.
-
-    Raises:
-        ValueError: if the number of spacings is not that of the axes.
-    """
-    if len(spacing) != mask.ndim:
-        raise ValueError(f"{len(spacing)} spacings {spacing} for {mask.ndim} axes")
-    areas = surface_element_areas(spacing)
-    box = bounding_box(mask)
-    codes = _neighbour_codes(mask[box])
-    places = np.flatnonzero((codes != 0) & (codes != len(areas) - 1))
-    nodes = np.stack(np.unravel_index(places, codes.shape), axis=1)
-    corner = np.array([b.start for b in box])
-    return Surface(nodes + corner, areas[codes.ravel()[places]], spacing)
-
-
-def surface_distances(
-    reference_mask: Bool[np.ndarray, "..."],
-    prediction_mask: Bool[np.ndarray, "..."],
-    spacing: tuple[float, ...],
-) -> SurfaceDistances:
-    """Distances between the surfaces of two masks (spec 06 §2.4), spacing in array axis order.
-
-    Raises:
-        ValueError: if shapes or the number of spacings do not agree.
-    """
-    _check_shapes(reference_mask, prediction_mask)
-    return distances_between(
-        find_surface(reference_mask, spacing), find_surface(prediction_mask, spacing)
-    )
-
-
-def distances_between(reference: Surface, prediction: Surface) -> SurfaceDistances:
-    """As :func:`surface_distances`, of surfaces that were found before."""
-    to_prediction = _directed(reference, prediction)
-    to_reference = _directed(prediction, reference)
-    return SurfaceDistances(to_prediction[0], to_reference[0], to_prediction[1], to_reference[1])
-
-
-def _check_shapes(reference: np.ndarray, prediction: np.ndarray) -> None:
-    if reference.shape != prediction.shape:
-        raise ValueError(
-            f"prediction has shape {prediction.shape}, its reference {reference.shape}; "
-            "predictions must be on the grid of the raw image"
-        )
-
-
-def bounding_box(*arrays: Shaped[np.ndarray, "..."]) -> tuple[slice, ...]:
-    """The smallest box around all voxels that are not 0 in arrays of one shape.
-
-    Of no size where there are none.
-    """
-    num_axes, box = arrays[0].ndim, []
-    while len(box) < num_axes:
-        rest = tuple(range(1, num_axes - len(box)))
-        found = [np.flatnonzero(array.any(axis=rest)) for array in arrays]
-        ends = [int(i) for rows in found if len(rows) for i in (rows[0], rows[-1])]
-        if not ends:
-            return (slice(0, 0),) * num_axes
-        box.append(slice(min(ends), max(ends) + 1))
-        # their shadow along the axis
-        arrays = tuple(np.asarray(array[box[-1]].any(axis=0)) for array in arrays)
-    return tuple(box)
-
-
-def _neighbour_codes(mask: np.ndarray) -> np.ndarray:
-    """One bit for each voxel around a node, the first corner in the highest bit."""
-    codes = np.pad(mask, 1).astype(np.uint8)
-    for bits, axis in enumerate(reversed(range(mask.ndim))):  # pairs, then pairs of pairs, ...
-        before = tuple(slice(None, -1) if a == axis else slice(None) for a in range(mask.ndim))
-        after = tuple(slice(1, None) if a == axis else slice(None) for a in range(mask.ndim))
-        codes = (codes[before] << (1 << bits)) | codes[after]
-    return codes
-
-
-def _directed(surface: Surface, other: Surface) -> tuple[np.ndarray, np.ndarray]:
-    """Distances of a surface's nodes to the nearest node of the other, sorted, with areas."""
-    if len(surface.nodes) and len(other.nodes):
-        _, nearest = other.tree.query(surface.nodes * np.array(surface.spacing))
-        # From whole steps, not from the tree's places: a distance of just 5 mm must be just that.
-        steps = (surface.nodes - other.nodes[nearest]) * np.array(surface.spacing)
-        distances = np.sqrt(np.add.reduce((steps * steps).T, axis=0))
-    else:
-        distances = np.full(surface.areas.shape, np.inf)
-    order = np.lexsort((surface.areas, distances))
-    return distances[order], surface.areas[order]
-
 
 # ------------------------------------------------------------------------------------- measures
 
@@ -204,7 +45,7 @@ def dice(
     Raises:
         ValueError: if the shapes differ.
     """
-    _check_shapes(reference_mask, prediction_mask)
+    check_shapes(reference_mask, prediction_mask)
     total = np.count_nonzero(reference_mask) + np.count_nonzero(prediction_mask)
     return _ratio(2 * np.count_nonzero(reference_mask & prediction_mask), total)
 
@@ -254,6 +95,81 @@ def _percentile(distances: np.ndarray, areas: np.ndarray, percent: float | int) 
     covered = np.cumsum(areas) / np.sum(areas)
     index = int(np.searchsorted(covered, percent / 100))
     return float(distances[min(index, len(distances) - 1)])
+
+
+# ------------------------------------------------------------------------------------ the table
+
+
+@dataclass(frozen=True)
+class Masks:
+    """The scored class of a case: two masks, and the spacing z, y, x in mm.
+
+    They may be cut from a larger grid. Neither is empty, but by the organisers' preset, which
+    measures an empty reference too.
+    """
+
+    reference: Bool[np.ndarray, "z y x"]
+    prediction: Bool[np.ndarray, "z y x"]
+    spacing: tuple[float, ...]
+
+    @cached_property
+    def surfaces(self) -> SurfaceDistances:
+        """Distances between the surfaces of the two, in mm."""
+        return surface_distances(self.reference, self.prediction, self.spacing)
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A row of the table: how a case is measured, and how the number is shown and compared.
+
+    ``missed`` is the value where one of the masks is empty, by default the diagonal of the grid in
+    mm; ``both_empty`` where both are. ``title`` heads columns, ``caption`` the report's, where
+    ``{label}`` is the class.
+    """
+
+    measure: Callable[[Masks], float]
+    title: str
+    higher_is_better: bool
+    missed: float | None = None
+    both_empty: float = 0.0
+    decimals: int = 3
+    caption: str = ""
+
+
+METRICS: Registry[Metric] = Registry(
+    "metric",
+    remedy=f"{plugins.HINT}; "
+    "panther_jax.evaluation.metrics.METRICS.add('NAME')(Metric(...)) adds one",
+)
+"""The metrics of a case by name, in the order of tables."""
+
+METRICS.add("volumetric_dice")(
+    Metric(
+        lambda masks: dice(masks.reference, masks.prediction),
+        "Dice", higher_is_better=True, missed=0.0, both_empty=1.0, caption="Dice {label}",
+    )
+)  # fmt: skip
+METRICS.add("surface_dice")(
+    Metric(
+        lambda masks: surface_dice(masks.surfaces),
+        "surface Dice", higher_is_better=True, missed=0.0, both_empty=1.0,
+        caption="surface Dice 5 mm",
+    )
+)  # fmt: skip
+METRICS.add("hausdorff95")(
+    Metric(
+        lambda masks: robust_hausdorff(masks.surfaces),
+        "HD95 mm", higher_is_better=False, decimals=1,
+    )
+)  # fmt: skip
+METRICS.add("masd")(
+    Metric(
+        lambda masks: mean_average_surface_distance(masks.surfaces),
+        "MASD mm", higher_is_better=False, decimals=2,
+    )
+)  # fmt: skip
+PANTHER_METRICS = ("volumetric_dice", "surface_dice", "hausdorff95", "masd")
+"""The challenge's, which every evaluation has; a user's file may add to the table."""
 
 
 # -------------------------------------------------------------------------------------- PANTHER
@@ -321,7 +237,7 @@ def panther_case(
     Raises:
         ValueError: if shapes, spacing or settings do not fit.
     """
-    _check_shapes(reference_mask, prediction_mask)
+    check_shapes(reference_mask, prediction_mask)
     if len(spacing_zyx) != 3 or reference_mask.ndim != 3:
         raise ValueError(f"masks must have three axes and spacings, found {spacing_zyx}")
     order = spacing_order or default_spacing_order(preset)
@@ -335,25 +251,18 @@ def panther_case(
         "pred_volume": num_prediction * voxel_volume,
     }
     grid = grid_shape_zyx or reference_mask.shape
+    table = {name: METRICS.find(name) for name in METRICS.names}
     extent = math.hypot(*(n * s for n, s in zip(grid, spacing, strict=True)))
-    penalty = {"volumetric_dice": 0.0, "surface_dice": 0.0, "hausdorff95": extent, "masd": extent}
+    penalty = {name: extent if m.missed is None else m.missed for name, m in table.items()}
     if preset in ("organisers", "fork_a"):
         if num_prediction in (0, math.prod(grid)):  # spec 06 §4.3: all ones count as nothing
             return penalty | volumes | {"pred_volume": 0.0, "time_score": 0.0}
     elif num_reference == num_prediction == 0:
-        perfect = {"volumetric_dice": 1.0, "surface_dice": 1.0, "hausdorff95": 0.0, "masd": 0.0}
-        return perfect | volumes
+        return {name: m.both_empty for name, m in table.items()} | volumes
     elif num_reference == 0 or num_prediction == 0:
         return penalty | volumes
-    surfaces = surface_distances(reference_mask, prediction_mask, spacing)
-    return {
-        "volumetric_dice": _ratio(
-            2 * np.count_nonzero(reference_mask & prediction_mask), num_reference + num_prediction
-        ),
-        "surface_dice": surface_dice(surfaces),
-        "hausdorff95": robust_hausdorff(surfaces),
-        "masd": mean_average_surface_distance(surfaces),
-    } | volumes
+    masks = Masks(reference_mask, prediction_mask, spacing)
+    return {name: float(m.measure(masks)) for name, m in table.items()} | volumes
 
 
 def default_spacing_order(preset: Preset) -> SpacingOrder:
@@ -369,7 +278,7 @@ def panther_aggregate(cases: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     """
     if not cases:
         raise ValueError("no case was evaluated; predictions and references have no name in common")
-    result = {f"mean_{m}": float(np.mean([c[m] for c in cases])) for m in PANTHER_METRICS}
+    result = {f"mean_{m}": float(np.mean([c[m] for c in cases])) for m in METRICS.names}
     errors = np.array([c["pred_volume"] - c["gt_volume"] for c in cases], np.float64)
     return result | {"tumor_burden_rmse": float(np.sqrt(np.mean(errors**2)))}
 
@@ -467,7 +376,7 @@ def count_pairs(
     Raises:
         ValueError: if the shapes differ or a label is negative.
     """
-    _check_shapes(reference, prediction)
+    check_shapes(reference, prediction)
     reference, prediction = np.atleast_1d(reference, prediction)
     box = bounding_box(reference, prediction)  # outside, all are pairs of zeros
     one, other = reference[box], prediction[box]

@@ -14,7 +14,6 @@ from panther_jax.evaluation.scoring import EvaluationError
 
 COMPARED_KEYS = ("name", "preset", "spacing_order", "label", "per_subject", "failed")
 MM3_IN_ML = 1000.0
-HEADER = ("Dice", "surface Dice", "HD95 mm", "MASD mm")
 
 # -------------------------------------------------------------------------------------- results
 
@@ -33,7 +32,7 @@ def _beside(path: Path, ending: str) -> Path:
 
 def csv_text(result: Mapping[str, Any]) -> str:
     """The scored cases of an evaluation's JSON as comma-separated values, with a header."""
-    panther = (*metrics.PANTHER_METRICS, "gt_volume", "pred_volume")
+    panther = (*metrics.METRICS.names, "gt_volume", "pred_volume")
     classes = list(result["classes"])
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
@@ -55,12 +54,13 @@ def evaluation_text(result: Mapping[str, Any]) -> str:
     cases = [
         [
             case["subject"],
-            *(_number(case[m]) for m in metrics.PANTHER_METRICS),
+            *(_number(case[m]) for m in metrics.METRICS.names),
             *(f"{case[v] / MM3_IN_ML:.2f}" for v in ("gt_volume", "pred_volume")),
             {"missed": "missed", "false_positive": "false positive"}.get(case["outcome"], ""),
         ]
         for case in result["per_subject"]
     ]
+    titles = [metrics.METRICS.find(name).title for name in metrics.METRICS.names]
     volumes = ("reference ml", "predicted ml", "")
     rows = [
         [name, str(fold["num_cases"]), *_aggregates(fold["aggregates"]), *_detections(fold)]
@@ -75,16 +75,18 @@ def evaluation_text(result: Mapping[str, Any]) -> str:
             *_detections(result),
         ]
     )
-    limits = [_limits(name, result["intervals"]["of"][name]) for name in statistics.AGGREGATES]
+    limits = [
+        _limits(name, result["intervals"]["of"][name]) for name in statistics.aggregate_names()
+    ]
     rows.append([f"{100 * result['intervals']['level']:g} % interval", "", *limits, "", ""])
-    means = ("cases", *HEADER, "volume RMSE ml", "missed", "false positive")
+    means = ("cases", *titles, "volume RMSE ml", "missed", "false positive")
     label, preset = result["label"], result["preset"]
     scored = label["name"] + (f" (label {label['value']})" if preset == "default" else "")
     scored += " (by fold label 1)" if preset == "fork_b" and result["folds"] else ""
     return "\n\n".join(
         [
             *([SEEN] if seen else []),
-            table(["case", *HEADER, *volumes], cases),
+            table(["case", *titles, *volumes], cases),
             table(["mean over cases", *means], rows),
             f"{scored}, preset {preset}, spacing order {result['spacing_order']}; "
             f"{result['intervals']['method']}",
@@ -93,7 +95,7 @@ def evaluation_text(result: Mapping[str, Any]) -> str:
 
 
 def _aggregates(values: Mapping[str, float]) -> list[str]:
-    return [_number(_shown(name, values[name])) for name in statistics.AGGREGATES]
+    return [_number(_shown(name, values[name])) for name in statistics.aggregate_names()]
 
 
 def _detections(values: Mapping[str, Any]) -> list[str]:

@@ -15,7 +15,7 @@ import numpy as np
 from jaxtyping import Float, Shaped
 from scipy import special
 
-from panther_jax.evaluation.metrics import PANTHER_METRICS
+from panther_jax.evaluation.metrics import METRICS
 
 LEVEL = 0.95
 RESAMPLES = 10_000
@@ -24,16 +24,6 @@ AT_ONCE = 1 << 22  # resampled entries held in memory
 TIE = 1e-12  # share of the statistic: sums of drawn cases are added in another order
 METHOD = "BCa bootstrap over cases"
 RMSE = "tumor_burden_rmse"
-AGGREGATES = (*(f"mean_{m}" for m in PANTHER_METRICS), RMSE)
-BETTER_UP = ("mean_volumetric_dice", "mean_surface_dice")
-TITLES = {
-    "mean_volumetric_dice": "Dice",
-    "mean_surface_dice": "surface Dice",
-    "mean_hausdorff95": "HD95 mm",
-    "mean_masd": "MASD mm",
-    RMSE: "volume RMSE ml",
-}
-
 Statistic = Callable[[np.ndarray], np.ndarray]
 """From means over cases (..., column) to the aggregate (...)."""
 
@@ -60,6 +50,35 @@ class Difference:
 
 
 # ----------------------------------------------------------------------------------- aggregates
+
+
+def aggregate_names() -> tuple[str, ...]:
+    """The aggregates over cases (spec 06 §1): a mean for each metric, and the volume's RMSE."""
+    return (*(f"mean_{name}" for name in METRICS.names), RMSE)
+
+
+def shared_aggregates(*evaluations: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:
+    """Aggregates of metrics that all cases have: some may come from before one was added."""
+    return tuple(
+        name
+        for name in aggregate_names()
+        if name == RMSE
+        or all(name.removeprefix("mean_") in case for cases in evaluations for case in cases)
+    )
+
+
+def is_better_up(aggregate: str) -> bool:
+    """Whether more is better."""
+    return aggregate != RMSE and METRICS.find(aggregate.removeprefix("mean_")).higher_is_better
+
+
+def aggregate_title(aggregate: str) -> str:
+    """Title of a column, with its unit."""
+    return (
+        "volume RMSE ml"
+        if aggregate == RMSE
+        else METRICS.find(aggregate.removeprefix("mean_")).title
+    )
 
 
 def first_mean(means: Float[np.ndarray, "... column"]) -> Float[np.ndarray, "..."]:
@@ -254,7 +273,7 @@ class MetricChange:
     @property
     def better(self) -> Literal["up", "down"]:
         """Which way is better."""
-        return "up" if self.aggregate in BETTER_UP else "down"
+        return "up" if is_better_up(self.aggregate) else "down"
 
     @property
     def verdict(self) -> Literal["better", "worse", "unclear"]:
@@ -298,10 +317,10 @@ class MetricChange:
 def intervals(
     cases: Sequence[Mapping[str, Any]], *, resamples: int = RESAMPLES, seed: int = 0
 ) -> dict[str, Interval]:
-    """Intervals of the five aggregates of spec 06 §1 over scored cases."""
+    """Intervals of the aggregates of spec 06 §1 over scored cases."""
     return {
         name: bootstrap_interval(*aggregate_columns(cases, name), resamples=resamples, seed=seed)
-        for name in AGGREGATES
+        for name in shared_aggregates(cases)
     }
 
 
@@ -312,7 +331,7 @@ def compare(
     resamples: int = RESAMPLES,
     seed: int = 0,
 ) -> tuple[MetricChange, ...]:
-    """Compare the five aggregates over the cases, by ``subject``, that both have scored.
+    """Compare the aggregates over the cases, by ``subject``, that both have scored.
 
     Raises:
         ValueError: if they have no case in common.
@@ -321,15 +340,15 @@ def compare(
     pairs = [(c, ours[c["subject"]]) for c in baseline if c["subject"] in ours]
     if not pairs:
         raise ValueError("the two evaluations have no case in common; compare runs on one data set")
-    found = []
-    for name in AGGREGATES:
+    found, names = [], shared_aggregates(*zip(*pairs, strict=True))
+    for name in names:
         first, statistic = aggregate_columns([a for a, _ in pairs], name)
         second, _ = aggregate_columns([b for _, b in pairs], name)
         found.append(compare_paired(first, second, statistic, resamples=resamples, seed=seed))
     corrected = holm([d.p for d in found])
     return tuple(
         MetricChange(name, difference, p)
-        for name, difference, p in zip(AGGREGATES, found, corrected, strict=True)
+        for name, difference, p in zip(names, found, corrected, strict=True)
     )
 
 
@@ -338,7 +357,9 @@ def sentence(
 ) -> str:
     """What a comparison says, in plain words."""
     by_verdict = {
-        verdict: [TITLES[c.aggregate].removesuffix(" mm").removesuffix(" ml") for c in group]
+        verdict: [
+            aggregate_title(c.aggregate).removesuffix(" mm").removesuffix(" ml") for c in group
+        ]
         for verdict in ("better", "worse", "unclear")
         if (group := [c for c in changes if c.verdict == verdict])
     }
@@ -371,16 +392,17 @@ def _listed(names: Sequence[str]) -> str:
 
 
 def mean_ranks(aggregates: Sequence[Mapping[str, float]]) -> tuple[float, ...]:
-    """Mean rank of each candidate over the five aggregates, 1 the best (ours, spec 06 §6).
+    """Mean rank of each candidate over the aggregates, 1 the best (ours, spec 06 §6).
 
     Ties share the mean of their ranks; NaN and infinity are last.
     """
     totals = np.zeros(len(aggregates))
-    for name in AGGREGATES:
-        sign = -1 if name in BETTER_UP else 1
+    names = aggregate_names()
+    for name in names:
+        sign = -1 if is_better_up(name) else 1
         values = np.array([sign * a[name] for a in aggregates], np.float64)
         values[~np.isfinite(values)] = np.inf
         below = (values[:, None] > values[None, :]).sum(axis=1)
         equal = (values[:, None] == values[None, :]).sum(axis=1)
         totals += below + (equal + 1) / 2
-    return tuple((totals / len(AGGREGATES)).tolist())
+    return tuple((totals / len(names)).tolist())

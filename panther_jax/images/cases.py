@@ -9,8 +9,9 @@ import numpy as np
 from jaxtyping import Float32, Integer
 
 from panther_jax.base.errors import DatasetError
+from panther_jax.images.formats import FORMATS, image_ending
 from panther_jax.images.imageio import read_image, write_label
-from panther_jax.images.raw_dataset import SUPPORTED_ENDINGS, RawCase
+from panther_jax.images.raw_dataset import RawCase
 from panther_jax.plans.geometry import Geometry
 
 
@@ -67,7 +68,7 @@ def find_tasks(
     if not chosen:
         raise DatasetError(
             f"{source} holds no image; expected files named CASE_0000{file_ending} (or one of "
-            f"{', '.join(SUPPORTED_ENDINGS)})"
+            f"{', '.join(FORMATS.names)})"
         )
     groups: dict[tuple[str, str], list[Path]] = {}
     for path in chosen:
@@ -83,7 +84,7 @@ def find_tasks(
 def _single_task(source: Path, output: Path, num_channels: int) -> Task:
     stem, ending = split_ending(source.name)
     if not ending:
-        raise DatasetError(f"{source}: its ending is none of {', '.join(SUPPORTED_ENDINGS)}")
+        raise DatasetError(f"{source}: its ending is none of {', '.join(FORMATS.names)}")
     match = re.fullmatch(r"(.+)_0000", stem)
     name, paths = match[1] if match else stem, [source]
     if match:
@@ -117,7 +118,5 @@ def _problem(paths: Sequence[Path], num_channels: int) -> str:
 
 def split_ending(name: str) -> tuple[str, str]:
     """Split a file name from its ending, which is empty if no reader knows it."""
-    for ending in SUPPORTED_ENDINGS:
-        if name.lower().endswith(ending):
-            return name[: -len(ending)], name[-len(ending) :]
-    return name, ""
+    ending = image_ending(name)
+    return name[: len(name) - len(ending)], ending

@@ -1,26 +1,20 @@
 """Reading and writing of medical images with their geometry."""
 
 import logging
-import math
-import struct
-import zlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from jaxtyping import Float32, Integer, Num
 
 from panther_jax.base.errors import DatasetError
 from panther_jax.base.files import writing
+from panther_jax.images import formats
 from panther_jax.images.geometry import _numbers, geometry_differences
-from panther_jax.images.integrity import count_not_finite, require_complete
 from panther_jax.plans.geometry import Geometry
 
 MAX_COUNTED = 1 << 16
 COUNTED_AT_ONCE = 1 << 14
-# spec 02 §1.3: a 2-D image becomes one slice, so thick that resampling leaves its axis alone.
-SLICE_THICKNESS_FACTOR = 999.0
 
 logger = logging.getLogger("panther_jax")
 
@@ -109,83 +103,30 @@ def label_values(
 
 
 def _read_array(path: Path) -> tuple[np.ndarray, Geometry]:
-    import SimpleITK as sitk
-
+    """The voxels of a file, as they are stored but with three axes, and their geometry."""
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist or is not a file")
     twin = path.with_name(path.name.removesuffix(".gz"))
     if twin != path and twin.exists():
         # Known of ITK's NIfTI reader: it takes the voxels of the uncompressed file.
         raise DatasetError(f"{path}: {twin.name} lies beside it\n  Remove one of the two.")
-    # ITK's own warnings (rounded NIfTI directions) go to stderr past Python; errors still raise.
-    sitk.ProcessObject.SetGlobalWarningDisplay(False)
-    reader = sitk.ImageFileReader()
-    reader.SetFileName(str(path))
-    try:
-        reader.ReadImageInformation()
-        _require_scalar_3d(reader, path)
-        require_complete(reader, path)
-        image = reader.Execute()
-        num_lost = count_not_finite(path)
-    except (RuntimeError, OSError, EOFError, struct.error, zlib.error) as error:
-        raise DatasetError(_unreadable(path, str(error))) from None
-    if num_lost:
-        raise _not_finite(path, num_lost, math.prod(image.GetSize()))
-    return _with_geometry(sitk.GetArrayFromImage(image), image, path)
-
-
-def _with_geometry(array: np.ndarray, image: Any, path: Path) -> tuple[np.ndarray, Geometry]:
-    spacing = tuple(abs(s) for s in reversed(image.GetSpacing()))
-    if not all(0 < s < np.inf for s in spacing):
+    array, geometry = formats.find_format(path).read(path)
+    if array.ndim != 3 or array.shape != geometry.shape_zyx or 0 in array.shape:
         raise DatasetError(
-            f"{path}: spacing {_numbers(spacing)} mm (z y x); expected positive numbers"
-            "\n  Fix the header, or convert the image again from its source."
+            f"{path}: its reader gave an array of shape {array.shape} and a geometry of shape "
+            f"{geometry.shape_zyx}; expected z, y, x in both\n  Correct the reader."
         )
-    if array.ndim == 2:
-        array, spacing = array[None], (SLICE_THICKNESS_FACTOR * max(spacing), *spacing)
-    return array, Geometry(array.shape, spacing, image.GetOrigin(), image.GetDirection())
-
-
-def _require_scalar_3d(reader: Any, path: Path) -> None:
-    size = tuple(reversed(reader.GetSize()))
-    if len(size) not in (2, 3):
+    if not all(0 < s < np.inf for s in geometry.spacing_zyx):
         raise DatasetError(
-            f"{path}: the image has {len(size)} dimensions, size {size}; expected 3"
-            "\n  Split it into one 3-D file a channel, named CASE_0000, CASE_0001, ..."
+            f"{path}: spacing {_numbers(geometry.spacing_zyx)} mm (z y x); expected positive "
+            "numbers\n  Fix the header, or convert the image again from its source."
         )
-    components = reader.GetNumberOfComponents()
-    if components != 1:
-        raise DatasetError(
-            f"{path}: each voxel holds {components} values (colour or vector image); expected 1"
-            "\n  Convert it to one grey-value file a channel, named CASE_0000, CASE_0001, ..."
-        )
-    if 0 in size:
-        raise DatasetError(f"{path}: the image is empty, size {size}\n  Export it again.")
-
-
-def _unreadable(path: Path, error: str) -> str:
-    # The last line of ITK's message says what happened; the rest names C++ sources.
-    lines = [line.strip() for line in error.splitlines() if line.strip()]
-    reason = lines[-1] if lines else "unknown error"
-    if "orthonormal" in error or "determinant" in error:
-        remedy = "Its direction matrix is not a rotation: save it again with a corrected header."
-    elif "spacing" in reason:
-        remedy = "Spacing must be positive: fix the header, or convert the image again."
-    else:
-        remedy = "Is the file complete, and is its ending right? Copy or export it again."
-    return f"{path}: cannot be read: {reason}\n  {remedy}"
+    return array, geometry
 
 
 def _require_finite(array: np.ndarray, path: Path) -> None:
     if num_lost := array.size - int(np.count_nonzero(np.isfinite(array))):
-        raise _not_finite(path, num_lost, array.size)
-
-
-def _not_finite(path: Path, count: int, size: int) -> DatasetError:
-    return DatasetError(
-        f"{path}: {count} of {size} voxels are NaN or infinite"
-        "\n  Replace them (by the background's value), or export the image again."
-    )
+        raise formats.not_finite(path, num_lost, array.size)
 
 
 def _check_channel(first: Geometry, other: Geometry, first_path: Path, path: Path) -> None:
@@ -232,20 +173,13 @@ def write_image(path: Path, image: Num[np.ndarray, "z y x"], geometry: Geometry)
 
 
 def _write(path: Path, array: np.ndarray, geometry: Geometry) -> None:
-    import SimpleITK as sitk
-
     path = Path(path)
     if array.shape != geometry.shape_zyx:
         raise DatasetError(
             f"{path}: array of shape {array.shape}, geometry of shape {geometry.shape_zyx} (z y x)"
         )
-    ndim = len(geometry.origin_xyz)
-    image = sitk.GetImageFromArray(np.ascontiguousarray(array).reshape(array.shape[-ndim:]))
-    image.SetSpacing(tuple(reversed(geometry.spacing_zyx[-ndim:])))
-    image.SetOrigin(geometry.origin_xyz)
-    image.SetDirection(geometry.direction)
     try:
         with writing(path) as temporary:
-            sitk.WriteImage(image, str(temporary), useCompression=True)
+            formats.find_format(path).write(temporary, array, geometry)
     except RuntimeError as error:
         raise DatasetError(f"{path}: cannot be written: {error}".splitlines()[0]) from error

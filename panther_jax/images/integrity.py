@@ -26,29 +26,36 @@ NIFTI_FLOATS = {16: "f4", 64: "f8"}
 logger = logging.getLogger("panther_jax")
 
 
-def require_complete(reader: Any, path: Path) -> None:
-    """Count the bytes of a file whose header an ``ImageFileReader`` has read.
+def require_whole_mha(path: Path, voxel_bytes: int) -> None:
+    """Count the bytes of a MetaImage whose voxels take ``voxel_bytes``.
+
+    Raises:
+        RuntimeError: if the file is cut, or its voxels are in another one.
+        OSError: if it cannot be read.
+    """
+    _require(*_mha_bytes(path, voxel_bytes))
+
+
+def require_whole_nifti(path: Path, _voxel_bytes: int) -> None:
+    """Count the bytes of a NIfTI file by its own header.
 
     Raises:
         RuntimeError: if the file is cut, or its header's spacing is not positive.
         OSError, EOFError, struct.error, zlib.error: if its header cannot be read.
     """
-    import SimpleITK as sitk
+    _require(*_nifti_bytes(path))
 
-    voxel = sitk.Image([1, 1], reader.GetPixelID()).GetSizeOfPixelComponent()
-    voxel_bytes = math.prod(reader.GetSize()) * voxel
-    name = path.name.lower()
-    if name.endswith(".mha"):
-        needed, found = _mha_bytes(path, voxel_bytes)
-    elif name.endswith((".nii", ".nii.gz")):
-        needed, found = _nifti_bytes(path)
-    elif name.endswith(".nrrd"):
-        _require_attached(path)
-        return
-    elif name.endswith(".gipl"):
-        needed, found = GIPL_HEADER_BYTES + voxel_bytes, path.stat().st_size
-    else:
-        return
+
+def require_whole_gipl(path: Path, voxel_bytes: int) -> None:
+    """Count the bytes of a GIPL file whose voxels take ``voxel_bytes``.
+
+    Raises:
+        RuntimeError: if the file is cut.
+    """
+    _require(GIPL_HEADER_BYTES + voxel_bytes, path.stat().st_size)
+
+
+def _require(needed: int, found: int) -> None:
     if found < needed:
         raise RuntimeError(f"the file is cut: {found} of {needed} bytes are there")
 
@@ -70,8 +77,12 @@ def _mha_bytes(path: Path, voxel_bytes: int) -> tuple[int, int]:
     return needed, path.stat().st_size - offset
 
 
-def _require_attached(path: Path) -> None:
-    """An image is one file: a header must not make us read another one."""
+def require_attached(path: Path, _voxel_bytes: int) -> None:
+    """Refuse a NRRD header of another file: an image is one file.
+
+    Raises:
+        RuntimeError: if its voxels are in another file.
+    """
     with path.open("rb") as file:
         while line := file.readline(1 << 16).strip():
             key, _, value = line.decode("latin1").partition(":")
@@ -120,9 +131,7 @@ def _nifti_bytes(path: Path) -> tuple[int, int]:
 
 
 def count_not_finite(path: Path) -> int:
-    """Count the NaN and infinite voxels of a NIfTI file, which ITK reads as 0; else 0."""
-    if not path.name.lower().endswith((".nii", ".nii.gz")):
-        return 0
+    """Count the NaN and infinite voxels of a NIfTI file, which ITK reads as 0."""
     header = _nifti_header(path)
     if header.datatype not in NIFTI_FLOATS:
         return 0

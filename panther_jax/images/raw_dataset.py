@@ -14,12 +14,12 @@ from jaxtyping import Float32, Integer
 
 from panther_jax.base.errors import DatasetError
 from panther_jax.base.files import read_json
+from panther_jax.images.formats import FORMATS
 from panther_jax.images.geometry import check_geometry
 from panther_jax.images.imageio import label_values, read_image, read_label
 from panther_jax.plans.geometry import Geometry
 from panther_jax.plans.labels import Labels
 
-SUPPORTED_ENDINGS = (".nii.gz", ".nii", ".mha", ".nrrd", ".gipl")
 # Readers of nnU-Net that leave the voxels on the stored grid, as ours does.
 SAME_GRID_READERS = (None, "None", "SimpleITKIO", "NibabelIO")
 REQUIRED_KEYS = ("labels", "channel_names", "numTraining", "file_ending")
@@ -200,8 +200,8 @@ def _dataset_json_problems(dataset: Mapping[str, Any]) -> list[str]:
     if "channel_names" in present and not (numbered and names):
         problems.append(f'\'channel_names\' must map "0", "1", ... to names, found {names!r}')
     ending = dataset.get("file_ending")
-    if "file_ending" in present and str(ending).lower() not in SUPPORTED_ENDINGS:
-        problems.append(f"'file_ending' must be one of {SUPPORTED_ENDINGS}, found {ending!r}")
+    if "file_ending" in present and str(ending).lower() not in FORMATS.names:
+        problems.append(f"'file_ending' must be one of {FORMATS.names}, found {ending!r}")
     reader = dataset.get("overwrite_image_reader_writer")
     if reader not in SAME_GRID_READERS:
         problems.append(

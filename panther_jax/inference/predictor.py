@@ -8,6 +8,7 @@ import logging
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 import jax
@@ -18,6 +19,7 @@ from panther_jax.base.errors import PantherError
 from panther_jax.devices.memory import available_memory
 from panther_jax.devices.mesh import AXES, replicate, split_patches
 from panther_jax.ensembles.combination import decide
+from panther_jax.images.imageio import write_label
 from panther_jax.inference import export, strategies
 from panther_jax.inference.members import PREPROCESSING, Ensemble
 from panther_jax.inference.sliding_window import (
@@ -83,6 +85,14 @@ class Prediction:
     def geometry(self) -> Geometry:
         """The raw grid: that of the image."""
         return self.properties.geometry
+
+    def write(self, path: str | Path) -> None:
+        """Write the label map; the ending says how.
+
+        Raises:
+            DatasetError: if it cannot be written so.
+        """
+        write_label(Path(path), self.label, self.geometry)
 
 
 # ---------------------------------------------------------------------------------- prediction

@@ -24,7 +24,7 @@ from panther_jax.network.convolution import (
     default_backend,
     upsample,
 )
-from panther_jax.plans.architecture import ArchSpec
+from panther_jax.plans.architecture import NETWORKS, ArchSpec
 
 Params = dict[str, Any]
 """Nested dict of float32 arrays; list positions are string keys."""
@@ -355,7 +355,8 @@ def build(arch: ArchSpec, execution: Execution | None = None) -> Net:
 
 @cache
 def _graph(arch: ArchSpec) -> tuple[nnx.GraphDef, tuple[tuple[tuple[Any, ...], Any], ...]]:
-    graph, state = nnx.split(nnx.eval_shape(lambda: UNet(arch)))
+    make = NETWORKS.added(arch.network) or UNet
+    graph, state = nnx.split(nnx.eval_shape(lambda: make(arch)))
     return graph, tuple((path, leaf) for path, leaf in nnx.to_flat_state(state))
 
 
@@ -389,7 +390,8 @@ def _initial(
         return np.zeros(shape, np.float32)
     if path[-1] == "scale":
         last = "conv3" if arch.bottleneck_channels else "conv2"
-        return np.full(shape, 0.0 if path[-3] == last else 1.0, np.float32)
+        ends_block = path[-3:-2] == (last,)
+        return np.full(shape, 0.0 if ends_block else 1.0, np.float32)
     fan_channels = shape[-1] if "transpconvs" in path else shape[-2]
     fan_in = fan_channels * math.prod(shape[:-2])
     return rng.standard_normal(shape, np.float32) * np.float32(LEAKY_GAIN / fan_in**0.5)

@@ -18,6 +18,7 @@ from panther_jax.plans.plans import (
     Resampler,
     normalization_schemes,
 )
+from panther_jax.preprocessing.normalization import needs_statistics
 from panther_jax.store.layout import FINGERPRINT
 
 logger = logging.getLogger("panther_jax")
@@ -69,7 +70,7 @@ def plans_from_config(
 
 def needs_fingerprint(config: TrainConfig, dataset: Mapping[str, Any]) -> bool:
     """Tell whether a channel is normalised by the dataset's intensity statistics."""
-    return "CTNormalization" in _normalization(config, dataset)
+    return any(map(needs_statistics, _normalization(config, dataset)))
 
 
 def fingerprint_if_needed(

@@ -5,11 +5,13 @@ imported (spec 01 §1.1).
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from panther_jax.base import plugins
 from panther_jax.base.errors import PlansError
+from panther_jax.base.registry import Registry
 
 CONV_OPS = {"torch.nn.modules.conv.Conv3d": 3, "torch.nn.modules.conv.Conv2d": 2}
 NORM_OPS = {
@@ -24,7 +26,13 @@ NONLINEARITIES = {
     "torch.nn.modules.activation.ReLU": "relu",
 }
 NETWORK_MODULE = "dynamic_network_architectures.architectures.unet."
-NETWORK_CLASSES = ("ResidualEncoderUNet", "PlainConvUNet")
+NETWORKS: Registry[Callable[..., Any]] = Registry(
+    "network class",
+    ("ResidualEncoderUNet", "PlainConvUNet"),
+    remedy=f"{plugins.HINT}; @panther_jax.config.NETWORKS.add('NAME') above a module that takes an "
+    "ArchSpec adds one",
+)
+"""Networks by class name: nnU-Net's, which `network.unet` builds, and what a user's file adds."""
 TORCH_LEAKY_SLOPE = 0.01
 MAX_STAGES = 20
 SIZES = ("strides", "kernel_sizes")  # an entry an axis
@@ -39,7 +47,7 @@ class ArchSpec:
     names in weight files; it is the identity at inference.
     """
 
-    network: Literal["ResidualEncoderUNet", "PlainConvUNet"]
+    network: str
     in_channels: int
     num_outputs: int
     features: tuple[int, ...]
@@ -144,11 +152,8 @@ class ArchSpec:
             PlansError: on an unknown network class, import path, or inconsistent lists.
         """
         name = str(architecture.get("network_class_name", "")).rsplit(".", 1)[-1]
-        if name not in NETWORK_CLASSES:
-            raise PlansError(
-                f"architecture: network class {name!r} is not known; expected one of "
-                f"{', '.join(NETWORK_CLASSES)}"
-            )
+        if name not in NETWORKS.names:
+            raise PlansError(f"architecture: {NETWORKS.unknown(name)}")
         kwargs = _options(architecture, "arch_kwargs")
         residual = name == "ResidualEncoderUNet"
         blocks = "n_blocks_per_stage" if residual else "n_conv_per_stage"
@@ -164,7 +169,7 @@ class ArchSpec:
             _known("dropout_op", dropout, DROPOUT_OPS)
         nonlin = kwargs.get("nonlin")
         return ArchSpec(
-            network=name,  # type: ignore[arg-type]
+            network=name,
             in_channels=in_channels,
             num_outputs=num_outputs,
             features=_per_stage(kwargs, "features_per_stage", n),
@@ -227,7 +232,9 @@ class ArchSpec:
         if self.stem_channels is not None:
             kwargs["stem_channels"] = self.stem_channels
         return {
-            "network_class_name": NETWORK_MODULE + self.network,
+            "network_class_name": self.network
+            if NETWORKS.added(self.network)
+            else NETWORK_MODULE + self.network,
             "arch_kwargs": kwargs,
             "_kw_requires_import": imports,
         }

@@ -17,7 +17,6 @@ NORMALIZATION_BY_CHANNEL = {
     "rescale_to_0_1": "RescaleTo01Normalization",
     "rgb_to_0_1": "RGBTo01Normalization",
 }
-NORMALIZATIONS = (*NORMALIZATION_BY_CHANNEL.values(), "ZScoreNormalization")
 
 
 # --------------------------------------------------------------------------------------- plans

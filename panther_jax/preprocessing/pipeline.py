@@ -21,11 +21,11 @@ from panther_jax.images import splits
 from panther_jax.images.raw_dataset import Case, RawCase, RawDataset, read_case
 from panther_jax.plans.geometry import Geometry, Properties
 from panther_jax.plans.labels import Labels, LabelValue
-from panther_jax.plans.plans import NORMALIZATIONS, Plans
+from panther_jax.plans.plans import Plans
 from panther_jax.preprocessing.cropping import crop_to_nonzero
 from panther_jax.preprocessing.label_resampling import resample_label
 from panther_jax.preprocessing.locations import class_locations
-from panther_jax.preprocessing.normalization import normalize
+from panther_jax.preprocessing.normalization import NORMALIZATIONS, needs_statistics, normalize
 from panther_jax.preprocessing.resampling import resample_image, target_shape
 from panther_jax.store import store
 from panther_jax.store.store import StoredCase
@@ -199,12 +199,9 @@ def preprocess(
 def _check_plans(plans: Plans) -> None:
     """Find what would fail at every case, before the store is made."""
     schemes, num_channels = plans.normalization, plans.arch.in_channels
-    unknown = sorted(set(schemes) - set(NORMALIZATIONS))
-    if unknown:
-        raise PreprocessError(
-            f"plans: normalization {', '.join(unknown)} is not known; expected one of "
-            f"{', '.join(NORMALIZATIONS)}"
-        )
+    for scheme in schemes:
+        if scheme not in NORMALIZATIONS.names:
+            raise PreprocessError(f"plans: {NORMALIZATIONS.unknown(scheme)}")
     if not len(schemes) == len(plans.use_mask_for_norm) == num_channels:
         raise PreprocessError(
             f"plans: normalization_schemes {list(schemes)} and use_mask_for_norm "
@@ -216,9 +213,10 @@ def _check_plans(plans: Plans) -> None:
 
 def _check_statistics(plans: Plans) -> None:
     num_channels = len(plans.normalization)
-    if "CTNormalization" in plans.normalization and len(plans.intensity) != num_channels:
+    needing = [scheme for scheme in plans.normalization if needs_statistics(scheme)]
+    if needing and len(plans.intensity) != num_channels:
         raise PreprocessError(
-            f"plans: CTNormalization needs intensity statistics of {num_channels} channel(s), "
+            f"plans: {needing[0]} needs intensity statistics of {num_channels} channel(s), "
             f"found {len(plans.intensity)}; make plans with panther_jax.planning, which measures "
             "them"
         )

@@ -168,7 +168,7 @@ def _change_row(change: statistics.MetricChange) -> Row:
     found = change.difference
     return Row(
         (
-            statistics.TITLES[change.aggregate],
+            statistics.aggregate_title(change.aggregate),
             *(text(v * scale, decimals) for v in (found.baseline, found.candidate)),
             text(found.interval.estimate * scale, decimals),
             interval_text(found.interval, decimals, scale),

@@ -15,8 +15,9 @@ from panther_jax.base.command import UsageError
 from panther_jax.base.files import read_json
 from panther_jax.base.folds import ALL, FOLD_ALL, choose_folds
 from panther_jax.config.schema import CHECKPOINTS
-from panther_jax.evaluation.folds import SEEN, file_ending
-from panther_jax.evaluation.metrics import PANTHER_METRICS, class_key, scored_label
+from panther_jax.evaluation.folds import SEEN
+from panther_jax.evaluation.metrics import METRICS, class_key, scored_label
+from panther_jax.images.formats import image_ending
 from panther_jax.images.splits import SPLITS, read_splits
 from panther_jax.plans.labels import Labels
 from panther_jax.store.layout import REFERENCES
@@ -339,7 +340,7 @@ def _read_validation(folder: Path, labels: Labels | None, notices: list[str]) ->
     if not folder.is_dir():
         return None
     if not (folder / "summary.json").is_file():
-        maps = sum(bool(file_ending(p.name)) for p in folder.iterdir())
+        maps = sum(bool(image_ending(p.name)) for p in folder.iterdir())
         notices.append(f"{folder} is not complete: {maps} label maps, but no summary.json")
         return None
     summary = _read_object(folder / "summary.json", notices)
@@ -376,7 +377,7 @@ def _case(
     labels: Labels | None,
 ) -> CaseRecord:
     name = Path(str(entry.get("prediction_file", "unknown"))).name
-    case_id = name.removesuffix(file_ending(name))
+    case_id = name.removesuffix(image_ending(name))
     by_key = _entry(entry, "metrics")
     classes = labels.classes if labels else tuple((str(k), str(k)) for k in by_key)
     dice = {
@@ -384,7 +385,7 @@ def _case(
         for label, value in classes
     }
     found = panther.get(case_id, {})
-    scores = {n: number(found.get(n)) for n in (*PANTHER_METRICS, *VOLUMES)}
+    scores = {n: number(found.get(n)) for n in (*METRICS.names, *VOLUMES)}
     if not found and dice:  # nnU-Net's summary alone tells the Dice
         scored = scored_label(labels)[0] if labels else next(iter(dice))
         scores["volumetric_dice"] = dice[scored]
@@ -422,7 +423,7 @@ def _without_result(folder: Path, cases: Sequence[CaseRecord]) -> tuple[CaseReco
         return ()
     expected = splits[int(fold)][1] if int(fold) < len(splits) else ()
     missing = sorted(set(expected) - {c.id for c in cases})
-    unknown: dict[str, float] = dict.fromkeys((*PANTHER_METRICS, *VOLUMES), math.nan)
+    unknown: dict[str, float] = dict.fromkeys((*METRICS.names, *VOLUMES), math.nan)
     return tuple(
         CaseRecord(i, folder.parent.name, unknown, {}, None, None, expected=False) for i in missing
     )

@@ -10,13 +10,14 @@ import numpy as np
 
 import panther_jax
 from panther_jax.evaluation import statistics
-from panther_jax.evaluation.metrics import PANTHER_METRICS, scored_label
+from panther_jax.evaluation.metrics import METRICS, PANTHER_METRICS, scored_label
 from panther_jax.reporting import charts, overlays
 from panther_jax.reporting.charts import Axis, Curve, Dots
 from panther_jax.reporting.overlays import CaseViews
 from panther_jax.reporting.page import CaseFigure, Figure, LegendEntry, Row, Section, Table, flat
 from panther_jax.reporting.records import (
     SEVERITY,
+    VOLUMES,
     CaseRecord,
     FoldRecord,
     Outcome,
@@ -34,7 +35,6 @@ OUTCOMES: Mapping[Outcome, str] = {
     "no_overlap": "predicted elsewhere: no overlap",
     "scored": "",
 }
-DECIMALS = {"volumetric_dice": 3, "surface_dice": 3, "hausdorff95": 1, "masd": 2}
 SPREAD_HEADER = ("metric", "cases", "mean", "95 % CI", "SD", "median", "IQR", "worst")
 ALL_FOLDS = "all"
 
@@ -62,13 +62,14 @@ def class_name(run: RunRecord) -> str:
 
 
 def metric_titles(name: str) -> dict[str, str]:
-    """Title of each PANTHER metric of a case."""
-    return {
-        "volumetric_dice": f"Dice {name}",
-        "surface_dice": "surface Dice 5 mm",
-        "hausdorff95": "HD95 mm",
-        "masd": "MASD mm",
-    }
+    """Title of each metric of a case; ``name`` is the class's."""
+    rows = {metric: METRICS.find(metric) for metric in METRICS.names}
+    return {m: (row.caption or row.title).replace("{label}", name) for m, row in rows.items()}
+
+
+def metric_text(case: CaseRecord, metric: str) -> str:
+    """A metric of a case for a table."""
+    return text(case.scores[metric], METRICS.find(metric).decimals)
 
 
 def by_id(cases: Sequence[CaseRecord]) -> list[CaseRecord]:
@@ -79,13 +80,24 @@ def by_id(cases: Sequence[CaseRecord]) -> list[CaseRecord]:
 def metric_cells(cases: Sequence[CaseRecord], metric: str) -> tuple[str, ...]:
     """A PANTHER metric over cases, as in :data:`SPREAD_HEADER`."""
     values = [c.scores[metric] for c in by_id(cases)]
-    return spread_row(metric, values, DECIMALS[metric], is_up="dice" in metric).cells
+    return _metric_row(metric, metric, values).cells
+
+
+def _metric_row(title: str, metric: str, values: Sequence[float]) -> Row:
+    row = METRICS.find(metric)
+    return spread_row(title, values, row.decimals, is_up=row.higher_is_better)
 
 
 def as_subjects(cases: Sequence[CaseRecord]) -> list[dict[str, Any]]:
-    """Cases as ``statistics`` takes them: those with finite scores and volumes."""
+    """Cases as ``statistics`` takes them: those with finite scores and volumes.
+
+    A metric that a user's file added may be missing where it was not known yet.
+    """
+    required = (*PANTHER_METRICS, *VOLUMES)
     return [
-        {"subject": c.id, **c.scores} for c in cases if all(map(math.isfinite, c.scores.values()))
+        {"subject": c.id, **{n: v for n, v in c.scores.items() if math.isfinite(v)}}
+        for c in cases
+        if all(math.isfinite(c.scores[n]) for n in required)
     ]
 
 
@@ -142,8 +154,8 @@ def spread_table(cases: Sequence[CaseRecord], name: str, caption: str) -> Table:
     """Each metric over cases: mean with its interval, spread, and the worst value."""
     titles, cases = metric_titles(name), by_id(cases)
     rows = [
-        spread_row(titles[m], [c.scores[m] for c in cases], DECIMALS[m], is_up="dice" in m)
-        for m in PANTHER_METRICS
+        _metric_row(title, metric, [c.scores[metric] for c in cases])
+        for metric, title in titles.items()
     ]
     errors = [(c.scores["pred_volume"] - c.scores["gt_volume"]) / MM3_PER_ML for c in cases]
     rows.append(spread_row("volume error ml, absolute", [abs(e) for e in errors], 1, is_up=False))
@@ -209,7 +221,10 @@ def mean_table(
     )
     rows = []
     for title, cases in groups:
-        means = [text(_mean([c.scores[m] for c in cases]), DECIMALS[m]) for m in PANTHER_METRICS]
+        means = [
+            text(_mean([c.scores[m] for c in cases]), METRICS.find(m).decimals)
+            for m in METRICS.names
+        ]
         counts = [str(sum(c.outcome == o for c in cases)) for o in ("missed", "false_positive")]
         rmse = _rmse_row(as_subjects(cases)).cells[2]
         rows.append(Row((title, str(len(cases)), *means, rmse, *counts)))
@@ -283,7 +298,7 @@ def case_table(cases: Sequence[CaseRecord], name: str, several_folds: bool) -> T
         cells = (
             c.id,
             *([c.fold] if several_folds else []),
-            *(text(c.scores[m], DECIMALS[m]) for m in PANTHER_METRICS),
+            *(metric_text(c, m) for m in METRICS.names),
             *(text(v, 1) for v in (reference, predicted, predicted - reference)),
             *(text(c.classes.get(o, math.nan)) for o in others),
         )

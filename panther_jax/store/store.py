@@ -23,7 +23,7 @@ from panther_jax.base.files import (
 from panther_jax.images.imageio import label_values
 from panther_jax.plans.geometry import Properties
 from panther_jax.plans.labels import Labels, LabelValue
-from panther_jax.plans.plans import Plans
+from panther_jax.plans.plans import NORMALIZATION_BY_CHANNEL, Plans
 from panther_jax.store.layout import (
     DATASET,
     FINGERPRINT,
@@ -41,6 +41,9 @@ from panther_jax.store.nnunet import (
 )
 
 FORMAT_VERSION = 1
+WITHOUT_STATISTICS = {*NORMALIZATION_BY_CHANNEL.values(), "ZScoreNormalization"} - {
+    "CTNormalization"
+}
 
 
 @dataclass(frozen=True)
@@ -355,7 +358,8 @@ def prepare_store(
 
 def _recipe(plans: Plans, dataset: Mapping[str, Any]) -> dict[str, Any]:
     """Everything that the stored arrays depend on, as JSON values."""
-    ct = "CTNormalization" in plans.normalization
+    # a scheme that a user's file adds may use the statistics too
+    needs_statistics = not {*plans.normalization} <= WITHOUT_STATISTICS
     recipe = {
         "spacing": plans.spacing,
         "normalization_schemes": plans.normalization,
@@ -363,7 +367,7 @@ def _recipe(plans: Plans, dataset: Mapping[str, Any]) -> dict[str, Any]:
         "resampling_fn_data": _resampling(plans.resampling_image),
         "resampling_fn_seg": _resampling(plans.resampling_label),
         "transpose_forward": plans.transpose_forward,
-        "intensity": [vars(p) for p in plans.intensity] if ct else [],
+        "intensity": [vars(p) for p in plans.intensity] if needs_statistics else [],
         "labels": Labels.from_dataset_json(dataset).to_dataset_json(),
         "channel_names": dataset.get("channel_names", dataset.get("modality")),
     }

@@ -19,6 +19,8 @@ from panther_jax.config.loading import ConfigSource
 from panther_jax.config.places import Places
 from panther_jax.config.schema import ConfigError, TrainConfig
 from panther_jax.planner import from_config
+from panther_jax.plans.architecture import NETWORKS
+from panther_jax.preprocessing.normalization import NORMALIZATIONS
 from panther_jax.training.data import prepare_store
 from panther_jax.training.options import Fold, Options, Result, TrainFold, parse
 from panther_jax.training.provenance import _provenance, device_name, record
@@ -39,6 +41,7 @@ def main(train_fold: TrainFold, argv: Sequence[str]) -> int:
     setup_logging(quiet=arguments.quiet)
     try:
         settings, source = resolve(arguments.config, overrides, options)
+        require_known(settings)
     except (ConfigError, FileNotFoundError) as error:
         LOGGER.error("error: %s", error)
         return command.WRONG_USAGE
@@ -69,6 +72,22 @@ def resolve(
         )
     settings = loading.apply_overrides(settings, overrides, prog="python -m panther_jax.train")
     return settings, source
+
+
+def require_known(settings: TrainConfig) -> None:
+    """Make sure, before any work, that there is what the config names.
+
+    Raises:
+        ConfigError: naming the field and what there is.
+    """
+    from panther_jax.training.losses import require_loss
+
+    require_loss(settings.loss)
+    if settings.arch.network not in NETWORKS.names:
+        raise ConfigError(f"arch.network: {NETWORKS.unknown(settings.arch.network)}")
+    for scheme in settings.data.normalization or ():
+        if scheme not in NORMALIZATIONS.names:
+            raise ConfigError(f"data.normalization: {NORMALIZATIONS.unknown(scheme)}")
 
 
 def execute(

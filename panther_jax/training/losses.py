@@ -8,17 +8,19 @@ import functools
 import math
 import operator
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Num, Shaped
 
-from panther_jax.config.schema import ConfigError, LossConfig
+from panther_jax.config.schema import LOSSES, ConfigError, LossConfig
 from panther_jax.plans.labels import Labels
 
 DICE_EPSILON = 1e-8
 EMA_DECAY = 0.9
+LABEL_KINDS = ("ce", "topk", "dice_topk")  # not defined for regions
 
 Scalar = Float[Array, ""]
 Channels = tuple[Float[Array, "batch *spatial"], ...]
@@ -238,6 +240,48 @@ def _terms(config: LossConfig) -> tuple[tuple[str, float], ...]:
     return tuple((name, weight) for name, weight in pairs if weight != 0)
 
 
+@dataclass(frozen=True)
+class About:
+    """What a loss may know besides logits and target: the labels, and how Dice sums.
+
+    ``batch_dice``: over the batch, else a sample.
+    """
+
+    labels: Labels
+    batch_dice: bool
+
+
+@LOSSES.add("dice_topk")
+@LOSSES.add("topk")
+@LOSSES.add("ce")
+@LOSSES.add("dice")
+@LOSSES.add("dice_ce")
+def reference_loss(logits: Array, target: Array, config: LossConfig, about: About) -> Scalar:
+    """The reference's losses, of the terms that ``config.kind`` names, for labels or regions."""
+    labels = about.labels
+    if not labels.has_regions:
+        return label_loss(
+            logits, target, config, batch_dice=about.batch_dice, ignore_id=labels.ignore_id
+        )
+    return region_loss(
+        logits,
+        target,
+        config,
+        batch_dice=about.batch_dice,
+        has_ignore=labels.ignore_id is not None,
+    )
+
+
+def require_loss(config: LossConfig) -> None:
+    """Make sure that there is a loss of the config's kind.
+
+    Raises:
+        ConfigError: listing the kinds there are.
+    """
+    if config.kind not in LOSSES.names:
+        raise ConfigError(f"loss.kind: {LOSSES.unknown(config.kind)}")
+
+
 def make_loss(config: LossConfig, labels: Labels, *, batch_dice: bool) -> LossFn:
     """Make the loss of one resolution, ``(logits, target) -> scalar``, for these labels.
 
@@ -247,22 +291,16 @@ def make_loss(config: LossConfig, labels: Labels, *, batch_dice: bool) -> LossFn
     leaves out ignored voxels too, and ``ce`` of a fully ignored batch is 0 rather than NaN.
 
     Raises:
-        ConfigError: if the kind is not defined for regions.
+        ConfigError: if there is no loss of this kind, or it is not defined for regions.
     """
-    if not labels.has_regions:
-        return functools.partial(
-            label_loss, config=config, batch_dice=batch_dice, ignore_id=labels.ignore_id
-        )
-    if config.kind not in ("dice_ce", "dice"):
+    require_loss(config)
+    if labels.has_regions and config.kind in LABEL_KINDS:
         raise ConfigError(
             f"loss.kind {config.kind!r} needs mutually exclusive labels, but the data set declares "
             "regions; use 'dice_ce' or 'dice'"
         )
     return functools.partial(
-        region_loss,
-        config=config,
-        batch_dice=batch_dice,
-        has_ignore=labels.ignore_id is not None,
+        LOSSES.find(config.kind), config=config, about=About(labels, batch_dice)
     )
 
 

@@ -17,6 +17,7 @@ from panther_jax.config.schema import CheckpointName
 from panther_jax.network.unet import Params, param_shapes, walk
 from panther_jax.plans.labels import Labels
 from panther_jax.plans.plans import Plans
+from panther_jax.preprocessing.normalization import NORMALIZATIONS
 from panther_jax.weights.bundle import load_bundle
 from panther_jax.weights.checkpoint import Checkpoints
 from panther_jax.weights.from_run import run_mirror_axes
@@ -98,7 +99,20 @@ def load_model(
         raise ModelError(
             f"{path} holds the configuration {model.plans.configuration!r}, not {configuration!r}"
         )
+    _require_normalizations(path, model.plans)
     return Model(**{**vars(model), "name": name or path.resolve().name})
+
+
+def _require_normalizations(path: Path, plans: Plans) -> None:
+    """Name what is missing to prepare images for a model, and the file that had it."""
+    unknown = [name for name in plans.normalization if name not in NORMALIZATIONS.names]
+    if not unknown:
+        return
+    records = [read_object(p) for p in sorted(path.glob("fold_*/run.json"))]
+    files = {f"{r['config_file']} (SHA-256 {r.get('config_sha256')})"
+             for r in records if "config_file" in r}  # fmt: skip
+    trained = f"\n  The run was trained with {', '.join(sorted(files))}." if files else ""
+    raise ModelError(f"{path}: {NORMALIZATIONS.unknown(unknown[0])}{trained}")
 
 
 # ------------------------------------------------------------------------------------------ runs

@@ -18,12 +18,12 @@ REGIONS = Labels(
     (("background", 0), ("whole", (1, 2)), ("tumor", (1,))), regions_class_order=(2, 1)
 )
 SHAPE, SPACING = (5, 8, 7), (3.0, 1.0, 1.5)
-ALL = dict.fromkeys(selection.METRICS.values(), 1.0)
+ALL = dict.fromkeys(selection.objective_names().values(), 1.0)
 
 
 def aggregates(**values):
-    found = dict.fromkeys(selection.METRICS.values(), 0.5)
-    return found | {selection.METRICS[k]: float(v) for k, v in values.items()}
+    found = dict.fromkeys(selection.objective_names().values(), 0.5)
+    return found | {selection.objective_names()[k]: float(v) for k, v in values.items()}
 
 
 # ------------------------------------------------------------------------------------ objective

@@ -15,6 +15,7 @@ from metric_checks import (
 )
 
 from panther_jax.evaluation import metrics
+from panther_jax.evaluation.surfaces import _surface_terms, surface_distances, surface_element_areas
 
 # Golden README: relative 1e-9; the fork scripts read float32 spacings, which move mm by 1e-7.
 
@@ -63,7 +64,7 @@ def test_area_tables_equal_the_reference(golden):
     for spacings, areas in (("spacings", "areas"), ("contour_spacings", "contour_lengths")):
         assert len(tables[spacings])
         for spacing, expected in zip(tables[spacings], tables[areas], strict=True):
-            found = metrics.surface_element_areas(tuple(spacing.tolist()))
+            found = surface_element_areas(tuple(spacing.tolist()))
             # both are sums of a few float64 square roots
             np.testing.assert_allclose(found, expected, rtol=1e-14, atol=1e-15)
 
@@ -71,7 +72,7 @@ def test_area_tables_equal_the_reference(golden):
 @pytest.mark.golden
 def test_shipped_table_is_the_reference_table(golden):
     expected = json.loads((golden / "evaluation" / "surfel_terms.json").read_text())["terms"]
-    found = [sorted(map(list, terms)) for terms in metrics._surface_terms()]
+    found = [sorted(map(list, terms)) for terms in _surface_terms()]
     assert found == [sorted(terms) for terms in expected]
 
 
@@ -82,7 +83,7 @@ def test_sorted_distances_and_areas_equal_the_reference(golden):
     cases = {case: (e, r, p) for case, e, r, p in golden_masks(golden)}
     for file in files:
         entry, reference, prediction = cases[file.stem.removeprefix("surface_distances_")]
-        surfaces = metrics.surface_distances(reference, prediction, tuple(entry["spacing_xyz"]))
+        surfaces = surface_distances(reference, prediction, tuple(entry["spacing_xyz"]))
         with np.load(file) as expected:
             for distances, areas, direction in directions(surfaces):
                 found = ordered(distances, areas)
@@ -103,7 +104,7 @@ def directions(surfaces):
 
 
 def direct_measures(reference, prediction, spacing, names):
-    surfaces = metrics.surface_distances(reference, prediction, spacing)
+    surfaces = surface_distances(reference, prediction, spacing)
     sides = {name.split("_")[0]: (d, a) for d, a, name in directions(surfaces)}
     to_prediction, to_reference = metrics.average_surface_distances(surfaces)
     found = {
@@ -276,7 +277,7 @@ def test_summaries_equal_nnunet(golden, tmp_path):
 
 
 def test_areas_are_symmetric_in_inside_and_outside():
-    areas = metrics.surface_element_areas((0.7, 1.1, 2.3))
+    areas = surface_element_areas((0.7, 1.1, 2.3))
     assert areas[0] == areas[255] == 0
     assert (areas[1:255] > 0).all()
     np.testing.assert_allclose(areas, areas[::-1], rtol=1e-12)  # sums in another order
@@ -284,7 +285,7 @@ def test_areas_are_symmetric_in_inside_and_outside():
 
 def test_a_face_has_the_area_of_a_voxel_face():
     spacing = (0.7, 1.1, 2.3)
-    areas = metrics.surface_element_areas(spacing)
+    areas = surface_element_areas(spacing)
     np.testing.assert_allclose(areas[0b00001111], spacing[1] * spacing[2])
     np.testing.assert_allclose(areas[0b00110011], spacing[0] * spacing[2])
     np.testing.assert_allclose(areas[0b01010101], spacing[0] * spacing[1])
@@ -319,7 +320,7 @@ def test_spacing_order_follows_the_preset():
 
 def test_masks_at_the_border_have_a_surface_there():
     full = np.ones((2, 3, 4), bool)
-    surfaces = metrics.surface_distances(full, full, (1.0, 1.0, 1.0))
+    surfaces = surface_distances(full, full, (1.0, 1.0, 1.0))
     assert len(surfaces.reference_areas) == 3 * 4 * 5 - 1 * 2 * 3  # nodes but the inner ones
     assert surfaces.reference_to_prediction.max() == 0
 
@@ -343,9 +344,9 @@ def test_measures_are_symmetric_and_scale_with_the_spacing(seed):
     rng = np.random.default_rng(seed)
     reference, prediction = blob(rng, (6, 9, 7)), blob(rng, (6, 9, 7))
     prediction[3, 3, 3] = reference[4, 4, 4] = True
-    one = metrics.surface_distances(reference, prediction, (1.5, 0.8, 0.6))
-    swapped = metrics.surface_distances(prediction, reference, (1.5, 0.8, 0.6))
-    twice = metrics.surface_distances(reference, prediction, (3.0, 1.6, 1.2))
+    one = surface_distances(reference, prediction, (1.5, 0.8, 0.6))
+    swapped = surface_distances(prediction, reference, (1.5, 0.8, 0.6))
+    twice = surface_distances(reference, prediction, (3.0, 1.6, 1.2))
     for measure in (metrics.mean_average_surface_distance, metrics.robust_hausdorff):
         np.testing.assert_allclose(measure(swapped), measure(one), rtol=1e-12)
         np.testing.assert_allclose(measure(twice), 2 * measure(one), rtol=1e-12)
@@ -364,7 +365,7 @@ def test_surfaces_equal_the_surface_distance_library(shape):
     for _ in range(3):
         reference, prediction = blob(rng, shape), blob(rng, shape)
         expected = library.compute_surface_distances(reference, prediction, spacing)
-        surfaces = metrics.surface_distances(reference, prediction, spacing)
+        surfaces = surface_distances(reference, prediction, spacing)
         for distances, areas, direction in directions(surfaces):
             side = direction.split("_")[0]
             wanted = expected[f"distances_{direction}"], expected[f"surfel_areas_{side}"]

@@ -88,7 +88,7 @@ def test_derived_sizes():
 @pytest.mark.parametrize(
     ("block", "message"),
     [
-        ({"network_class_name": "my.Transformer"}, "'Transformer' is not known"),
+        ({"network_class_name": "my.Transformer"}, "unknown network class 'Transformer'"),
         (architecture(conv_op="os.system"), "conv_op 'os.system' is not supported"),
         (architecture(norm_op="torch.nn.BatchNorm3d"), "norm_op 'torch.nn.BatchNorm3d'"),
         (architecture(nonlin="torch.nn.GELU"), "nonlin 'torch.nn.GELU'"),
