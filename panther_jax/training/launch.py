@@ -13,13 +13,14 @@ from pathlib import Path
 import panther_jax
 from panther_jax.base import command
 from panther_jax.base.console import setup_logging
+from panther_jax.base.errors import PlansError, StoreError
 from panther_jax.config import loading
 from panther_jax.config.laptop import demo
 from panther_jax.config.loading import ConfigSource
 from panther_jax.config.places import Places
 from panther_jax.config.schema import ConfigError, TrainConfig
 from panther_jax.planner import from_config
-from panther_jax.training.data import prepare_store
+from panther_jax.training.data import planned, prepare_store
 from panther_jax.training.options import Fold, Options, Result, TrainFold, parse
 from panther_jax.training.provenance import _provenance, device_name, record
 from panther_jax.training.signals import LostProcess
@@ -39,7 +40,7 @@ def main(train_fold: TrainFold, argv: Sequence[str]) -> int:
     setup_logging(quiet=arguments.quiet)
     try:
         settings, source = resolve(arguments.config, overrides, options)
-    except (ConfigError, FileNotFoundError) as error:
+    except (ConfigError, PlansError, StoreError, FileNotFoundError) as error:
         LOGGER.error("error: %s", error)
         return command.WRONG_USAGE
     code = command.run(
@@ -58,10 +59,11 @@ def main(train_fold: TrainFold, argv: Sequence[str]) -> int:
 def resolve(
     spec: str, overrides: Sequence[str], options: Options
 ) -> tuple[TrainConfig, ConfigSource]:
-    """The config of a command line: file, then ``--demo``, then ``--init``, then overrides."""
+    """The config of a command line: file, ``--demo``, plans, ``--init``, then overrides."""
     settings, source = loading.load_config(spec)
     if options.demo:
         settings = demo(settings)
+    settings = planned(settings, options)
     if options.init is not None:
         bundle = None if options.init == "none" else options.init
         settings = dataclasses.replace(
