@@ -192,11 +192,14 @@ def test_plans_train_on_raw_data_and_the_run_goes_back(reference, tmp_path, conf
     source.mkdir()
     for case in fold_cases(ours, 0)[1]:
         shutil.copy(raw / "imagesTr" / f"{case}_0000.mha", source)
+    (tmp_path / "theirs").mkdir()
     run_reference(reference, "predict", exported, source, tmp_path / "theirs")
     arguments = ["--model", made, "--input", source, "--output", tmp_path / "ours", "--quiet"]
     options = ["--mirror", "--accumulate", "reference"]
     assert predict.main([str(a) for a in (*arguments, *options)]) == 0
-    for path in sorted((tmp_path / "theirs").glob("*.mha")):
+    predicted = sorted((tmp_path / "theirs").glob("*.mha"))
+    assert predicted
+    for path in predicted:
         expected, _ = read_label(path)
         assert len(np.unique(expected)) > 1, "an empty prediction shows nothing"
         np.testing.assert_array_equal(read_label(tmp_path / "ours" / path.name)[0], expected)
@@ -249,13 +252,14 @@ def test_a_planar_step_has_the_references_loss_and_gradient():
         losses.make_loss(LossConfig(kind="ce"), labels, batch_dice=True), weighting
     )
     net = unet.build(arch, unet.Execution("xla", exact_stats=True))
+    whole = jax.numpy.asarray(label)
     small = [jax.numpy.asarray(label[:, :: 2**i, :: 2**i]) for i in range(len(logits))]
     assert [s.shape for s in small] == [
-        t.shape for t in targets.deep_supervision_targets(label, arch.output_strides)
+        t.shape for t in targets.deep_supervision_targets(whole, arch.output_strides)
     ]
 
     def objective(params):
-        return loss_fn(unet.apply(net, params, image), tuple(small))
+        return loss_fn(unet.apply(net, params, jax.numpy.asarray(image)), tuple(small))
 
     ours, grads = jax.value_and_grad(objective)(params)
     assert float(ours) == pytest.approx(float(theirs.detach()), abs=1e-5)
