@@ -65,9 +65,10 @@ class DataConfig:
     configuration: str = "3d_fullres_iso1x1x1"
     """Name of the configuration in the plans."""
     spacing_mm: tuple[float, ...] = (1.0, 1.0, 1.0)
-    """Voxel spacing that cases are resampled to, z y x, in mm."""
+    """Voxel spacing that cases are resampled to, z y x, in mm; y x alone for a 2-D network, whose
+    slices along z stay as they are."""
     patch_size: tuple[int, ...] = (192, 192, 192)
-    """Training patch and inference tile, z y x, in voxels."""
+    """Training patch and inference tile, z y x, in voxels; y x alone for a 2-D network."""
     batch_size: int = 2
     """Patches a step, over all devices."""
     normalization: tuple[str, ...] | None = None
@@ -88,12 +89,14 @@ class DataConfig:
     def __post_init__(self) -> None:
         _require(bool(self.dataset), "data.dataset is empty; name a DatasetNNN_Name folder")
         _require(
-            len(self.spacing_mm) == 3 and all(s > 0 for s in self.spacing_mm),
-            f"data.spacing_mm must hold three positive numbers, found {self.spacing_mm}",
+            len(self.spacing_mm) in (2, 3) and all(s > 0 for s in self.spacing_mm),
+            "data.spacing_mm must hold three positive numbers, or two for a 2-D network, found "
+            f"{self.spacing_mm}",
         )
         _require(
-            all(p > 0 for p in self.patch_size) and len(self.patch_size) == 3,
-            f"data.patch_size must hold three positive integers, found {self.patch_size}",
+            all(p > 0 for p in self.patch_size) and len(self.patch_size) in (2, 3),
+            "data.patch_size must hold three positive integers, or two for a 2-D network, found "
+            f"{self.patch_size}",
         )
         for name in ("batch_size", "num_threads", "prefetch_batches"):
             value = getattr(self, name)
@@ -352,6 +355,22 @@ class TrainConfig:
     validation: ValidationConfig = field(default_factory=ValidationConfig)
     devices: DevicesConfig = field(default_factory=DevicesConfig)
     log: LogConfig = field(default_factory=LogConfig)
+
+    def __post_init__(self) -> None:
+        data, arch = self.data, self.arch
+        entries = {
+            "data.spacing_mm": (data.spacing_mm,),
+            "data.patch_size": (data.patch_size,),
+            "arch.kernel_sizes": arch.kernel_sizes,
+            "arch.strides": arch.strides,
+        }
+        axes = {name: sorted({len(entry) for entry in found}) for name, found in entries.items()}
+        _require(
+            len({n for found in axes.values() for n in found}) == 1,
+            "a network is 2-D or 3-D in all its fields, found axes "
+            + ", ".join(f"{name} {' and '.join(map(str, n))}" for name, n in axes.items())
+            + "\n  Give all of them two, as configs/mri_t2_2d.py does, or all three.",
+        )
 
     def to_json(self) -> dict[str, Any]:
         """The config as a JSON-able dictionary."""

@@ -39,6 +39,7 @@ def plans_from_config(
     data = config.data
     labels = Labels.from_dataset_json(dataset)
     normalization = _normalization(config, dataset)
+    resampling = resamplers(data.resampling)
     intensity = _intensity_properties(fingerprint) if needs_fingerprint(config, dataset) else ()
     return Plans(
         dataset_name=data.dataset,
@@ -50,9 +51,9 @@ def plans_from_config(
         batch_dice=bool(config.loss.batch_dice),
         normalization=normalization,
         use_mask_for_norm=(False,) * len(normalization),
-        resampling_image=_resampler(data.resampling, order=3, is_seg=False),
-        resampling_label=_resampler(data.resampling, order=1, is_seg=True),
-        resampling_logits=_resampler("spline", order=1, is_seg=False),
+        resampling_image=resampling["resampling_image"],
+        resampling_label=resampling["resampling_label"],
+        resampling_logits=resampling["resampling_logits"],
         arch=ArchSpec(
             network=config.arch.network,
             in_channels=len(normalization),
@@ -116,6 +117,15 @@ def _intensity_properties(
         IntensityProperties(**{k: float(v) for k, v in channels[key].items()})
         for key in sorted(channels, key=int)
     )
+
+
+def resamplers(kind: str) -> dict[str, Resampler]:
+    """The resampling fields of plans: ``torch`` or ``spline`` for cases, spline for logits."""
+    return {
+        "resampling_image": _resampler(kind, order=3, is_seg=False),
+        "resampling_label": _resampler(kind, order=1, is_seg=True),
+        "resampling_logits": _resampler("spline", order=1, is_seg=False),
+    }
 
 
 def _resampler(kind: str, *, order: int, is_seg: bool) -> Resampler:

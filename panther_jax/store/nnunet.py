@@ -6,9 +6,8 @@ is refused before anything of it runs.
 """
 
 import logging
-import zipfile
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,13 @@ from panther_jax.base.files import read_json, read_object
 from panther_jax.plans.geometry import Geometry, Properties
 from panther_jax.plans.labels import LabelValue
 from panther_jax.plans.plans import Plans, resolve_configuration
+from panther_jax.store.compressed import (
+    DAMAGES,
+    CompressedArray,
+    damaged,
+    open_b2nd,
+    open_npz,
+)
 from panther_jax.store.pickles import read_pickle
 
 DATASET = "dataset.json"
@@ -42,8 +48,8 @@ class NnunetFolder:
 class NnunetCase:
     """What nnU-Net stored of a case; locations are z, y, x in the order of the file."""
 
-    image: np.ndarray
-    label: np.ndarray
+    image: np.ndarray | CompressedArray
+    label: np.ndarray | CompressedArray
     locations: tuple[tuple[LabelValue, np.ndarray], ...]
     properties: Properties
 
@@ -120,7 +126,7 @@ def _plans_json(path: Path) -> dict[str, Any]:
 
 
 def read_folder_case(source: NnunetFolder, case_id: str) -> NnunetCase:
-    """Read one case; ``.npy`` files are memory-mapped, others read whole.
+    """Open one case; ``.npy`` files are memory-mapped, compressed ones decompressed when indexed.
 
     Raises:
         StoreError: if a file is missing, damaged, or not what nnU-Net writes.
@@ -129,14 +135,11 @@ def read_folder_case(source: NnunetFolder, case_id: str) -> NnunetCase:
     path = _array_file(source.folder, case_id)
     if path is None:
         raise StoreError(f"case {case_id!r} is not in {source.folder}; run nnU-Net's preprocessing")
-    read = {".b2nd": _read_b2nd, ".npz": _read_npz, ".npy": _read_npy}[path.suffix]
+    opening = {".b2nd": _open_b2nd, ".npz": _open_npz, ".npy": _open_npy}[path.suffix]
     try:
-        image, label = read(path)
-    except (RuntimeError, OSError, EOFError, KeyError, ValueError, zipfile.BadZipFile) as error:
-        raise StoreError(
-            f"{path} cannot be read: {type(error).__name__}: {error}\n"
-            "  Is it complete? Run nnU-Net's preprocessing again."
-        ) from None
+        image, label = opening(path)
+    except DAMAGES as error:
+        raise damaged(path, error) from None
     _check_arrays(image, label, path)
     pickled = path.with_suffix(".pkl")
     entry = read_pickle(pickled)
@@ -148,7 +151,8 @@ def read_folder_case(source: NnunetFolder, case_id: str) -> NnunetCase:
             f"{pickled} is not what nnU-Net's SimpleITKIO leads to: {type(error).__name__}: {error}"
             "\n  Preprocess the raw dataset with panther_jax.preprocess instead."
         ) from None
-    return NnunetCase(image, label[0], locations, properties)
+    plane = replace(label, lead=(0,)) if isinstance(label, CompressedArray) else label[0]
+    return NnunetCase(image, plane, locations, properties)
 
 
 def reference_file(source: NnunetFolder, case_id: str) -> Path:
@@ -156,32 +160,23 @@ def reference_file(source: NnunetFolder, case_id: str) -> Path:
     return source.folder.parent / GROUND_TRUTHS / f"{case_id}{source.dataset['file_ending']}"
 
 
-def _read_b2nd(path: Path) -> tuple[np.ndarray, np.ndarray]:
-    try:
-        import blosc2
-    except ModuleNotFoundError:
-        raise ModuleNotFoundError(
-            f"{path} is compressed with blosc2: pip install 'panther-jax[nnunet]', or preprocess "
-            "the raw dataset with panther_jax.preprocess"
-        ) from None
-    files = (path, path.with_name(f"{path.stem}_seg.b2nd"))
-    image, label = (np.asarray(blosc2.open(str(f), mode="r")[:]) for f in files)  # type: ignore[index]
-    return image, label
+def _open_b2nd(path: Path) -> tuple[CompressedArray, CompressedArray]:
+    return open_b2nd(path), open_b2nd(path.with_name(f"{path.stem}_seg.b2nd"))
 
 
-def _read_npz(path: Path) -> tuple[np.ndarray, np.ndarray]:
-    # opened here: of a damaged archive, numpy.load leaves its own file open
-    with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
-        return arrays["data"], arrays["seg"]
+def _open_npz(path: Path) -> tuple[CompressedArray, CompressedArray]:
+    return open_npz(path, "data"), open_npz(path, "seg")
 
 
-def _read_npy(path: Path) -> tuple[np.ndarray, np.ndarray]:
+def _open_npy(path: Path) -> tuple[np.ndarray, np.ndarray]:
     files = (path, path.with_name(f"{path.stem}_seg.npy"))
     image, label = (np.load(f, mmap_mode="r", allow_pickle=False) for f in files)
     return image, label
 
 
-def _check_arrays(image: np.ndarray, label: np.ndarray, path: Path) -> None:
+def _check_arrays(
+    image: np.ndarray | CompressedArray, label: np.ndarray | CompressedArray, path: Path
+) -> None:
     fits = image.ndim == 4 and label.shape == (1, *image.shape[1:])
     if not fits or image.dtype != np.float32 or label.dtype.kind != "i":
         raise StoreError(

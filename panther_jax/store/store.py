@@ -24,6 +24,7 @@ from panther_jax.images.imageio import label_values
 from panther_jax.plans.geometry import Properties
 from panther_jax.plans.labels import Labels, LabelValue
 from panther_jax.plans.plans import NORMALIZATION_BY_CHANNEL, Plans
+from panther_jax.store.compressed import CompressedArray
 from panther_jax.store.layout import (
     DATASET,
     FINGERPRINT,
@@ -51,12 +52,13 @@ class StoredCase:
     """A preprocessed case. ``label`` holds -1 outside the nonzero mask.
 
     ``locations`` has an entry a requested class or region, in the order of spec 02 §4.7: sampled
-    voxel coordinates z, y, x in this grid, (n, 3), empty where the class is absent.
+    voxel coordinates z, y, x in this grid, (n, 3), empty where the class is absent. Opened, arrays
+    may be mapped or compressed files; :func:`in_memory` reads them.
     """
 
     id: str
-    image: Float32[np.ndarray, "channel z y x"]
-    label: Integer[np.ndarray, "z y x"]
+    image: Float32[np.ndarray, "channel z y x"] | Float32[CompressedArray, "channel z y x"]
+    label: Integer[np.ndarray, "z y x"] | Integer[CompressedArray, "z y x"]
     locations: tuple[tuple[LabelValue, Integer[np.ndarray, "_ 3"]], ...]
     properties: Properties
 
@@ -132,7 +134,7 @@ def stored_ids(folder: Path) -> tuple[str, ...]:
 def read_stored(store: Store, case_id: str) -> StoredCase:
     """Open one case, memory-mapped and read-only; :func:`in_memory` reads it whole.
 
-    Compressed files of nnU-Net cannot be mapped and are read into memory always.
+    Compressed files of nnU-Net cannot be mapped and are decompressed as they are indexed.
 
     Raises:
         StoreError: if a file is missing, truncated, or not the array that the case's JSON names.
@@ -156,7 +158,8 @@ def read_stored(store: Store, case_id: str) -> StoredCase:
 def in_memory(case: StoredCase) -> StoredCase:
     """The case with nothing left in files."""
     arrays = {name: getattr(case, name) for name in ("image", "label")}
-    mapped = {name: np.array(a) for name, a in arrays.items() if isinstance(a, np.memmap)}
+    in_files = (np.memmap, CompressedArray)
+    mapped = {name: np.array(a) for name, a in arrays.items() if isinstance(a, in_files)}
     return replace(case, **mapped)
 
 
@@ -164,7 +167,7 @@ def voxel_counts(store: Store, case_id: str) -> dict[int, int]:
     """Voxels of each value in a stored label map, without reading it (nnU-Net's are read)."""
     if store.nnunet is not None:
         label = read_folder_case(store.nnunet, case_id).label
-        values, numbers = label_values(label)
+        values, numbers = label_values(np.asarray(label))
         return {int(value): int(n) for value, n in zip(values, numbers, strict=True)}
     counts = _read_entry(store.folder, case_id)["voxel_counts"]
     return {int(value): int(count) for value, count in counts.items()}
@@ -263,11 +266,11 @@ def write_stored(
     paths: dict[str, tuple[Path, Callable[[Path], Any]]] = {
         "image": (
             _array_path(folder, case.id, "image"),
-            lambda path: _write_array(path, case.image),
+            lambda path: _write_array(path, np.asarray(case.image)),
         ),
         "label": (
             _array_path(folder, case.id, "label"),
-            lambda path: _write_array(path, case.label),
+            lambda path: _write_array(path, np.asarray(case.label)),
         ),
         "locations": (
             _locations_path(folder, case.id),
@@ -290,7 +293,7 @@ def write_stored(
 
 
 def _entry(case: StoredCase, files: Mapping[str, tuple[Path, int]]) -> dict[str, Any]:
-    values, counts = label_values(case.label)
+    values, counts = label_values(np.asarray(case.label))
     return {
         "version": FORMAT_VERSION,
         "case": case.id,

@@ -12,6 +12,7 @@ from panther_jax.base.console import announced
 from panther_jax.config.schema import ConfigError, TrainConfig
 from panther_jax.devices import memory, processes
 from panther_jax.devices import mesh as mesh_module
+from panther_jax.store.compressed import CompressedArray
 from panther_jax.store.folds import fold_cases
 from panther_jax.store.store import Store, StoredCase, in_memory, read_stored
 from panther_jax.training.resident import (
@@ -190,7 +191,16 @@ def choose_residence(
         where[chosen],
         chosen if chosen == wanted else f"{wanted}, which is {chosen} here",
     )
+    if chosen == "stream" and any(_is_read_whole(case) for case in cases):
+        LOGGER.warning(
+            "every patch decompresses its whole case, for .npz files have no parts\n  Unpack them "
+            "to .npy beside, as nnU-Net's training does, or preprocess with panther_jax.preprocess."
+        )
     return chosen
+
+
+def _is_read_whole(case: StoredCase) -> bool:
+    return isinstance(case.image, CompressedArray) and not case.image.sliced
 
 
 def _is_accelerated(mesh: jax.sharding.Mesh) -> bool:

@@ -13,6 +13,7 @@ from pathlib import Path
 import panther_jax
 from panther_jax.base import command
 from panther_jax.base.console import setup_logging
+from panther_jax.base.errors import PlansError, StoreError
 from panther_jax.config import loading
 from panther_jax.config.laptop import demo
 from panther_jax.config.loading import ConfigSource
@@ -21,7 +22,7 @@ from panther_jax.config.schema import ConfigError, TrainConfig
 from panther_jax.planner import from_config
 from panther_jax.plans.architecture import NETWORKS
 from panther_jax.preprocessing.normalization import NORMALIZATIONS
-from panther_jax.training.data import prepare_store
+from panther_jax.training.data import planned, prepare_store
 from panther_jax.training.options import Fold, Options, Result, TrainFold, parse
 from panther_jax.training.provenance import _provenance, device_name, record
 from panther_jax.training.signals import LostProcess
@@ -42,7 +43,7 @@ def main(train_fold: TrainFold, argv: Sequence[str]) -> int:
     try:
         settings, source = resolve(arguments.config, overrides, options)
         require_known(settings)
-    except (ConfigError, FileNotFoundError) as error:
+    except (ConfigError, PlansError, StoreError, FileNotFoundError) as error:
         LOGGER.error("error: %s", error)
         return command.WRONG_USAGE
     code = command.run(
@@ -61,10 +62,11 @@ def main(train_fold: TrainFold, argv: Sequence[str]) -> int:
 def resolve(
     spec: str, overrides: Sequence[str], options: Options
 ) -> tuple[TrainConfig, ConfigSource]:
-    """The config of a command line: file, then ``--demo``, then ``--init``, then overrides."""
+    """The config of a command line: file, ``--demo``, plans, ``--init``, then overrides."""
     settings, source = loading.load_config(spec)
     if options.demo:
         settings = demo(settings)
+    settings = planned(settings, options)
     if options.init is not None:
         bundle = None if options.init == "none" else options.init
         settings = dataclasses.replace(

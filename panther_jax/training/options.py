@@ -24,6 +24,7 @@ class Options:
     workdir: Path | None = None
     raw: Path | None = None
     store: Path | None = None
+    from_plans: str | None = None
     init: str | None = None
     demo: bool = False
     restart: bool = False
@@ -53,6 +54,11 @@ def make_parser() -> argparse.ArgumentParser:
     )
     add("--raw", type=Path, help="raw data set in nnU-Net layout, instead of ROOT/raw/DATASET")
     add("--store", type=Path, help="preprocessed store, instead of ROOT/store/DATASET/PLANS")
+    add(
+        "--from-plans",
+        metavar="PLANS[:CONFIGURATION]|store",
+        help="take grid, patch, batch and network from nnU-Net plans, or from the store's",
+    )
     add("--init", metavar="MODEL|none", help="starting weights: a folder, or a name (weights list)")
     add("--demo", action="store_true", help="phantom data, small network, a budget of minutes")
     add("--restart", action="store_true", help="discard what the fold's folder holds")

@@ -155,8 +155,8 @@ def write_lines(
     for name in tuple(cases):
         case = cases.pop(name)
         begin, end = first * LINE, first * LINE + case.label.size
-        image[:, begin:end] = case.image.reshape(num_channels, -1)
-        label[begin:end] = case.label.reshape(-1)
+        image[:, begin:end] = np.asarray(case.image).reshape(num_channels, -1)
+        label[begin:end] = np.asarray(case.label).reshape(-1)
         outlines[name] = Outline(first, case.label.shape, case.locations)
         first += _num_lines(case)
     lines = ResidentCases(image.reshape(num_channels, -1, LINE), label.reshape(-1, LINE))

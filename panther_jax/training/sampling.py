@@ -13,6 +13,8 @@ from typing import Any, Generic, Literal, Protocol, TypeVar, runtime_checkable
 import numpy as np
 from jaxtyping import Float, Int
 
+from panther_jax.store.compressed import CompressedArray
+
 TRAIN_STREAM, VALIDATION_STREAM, INIT_STREAM = 0, 1, 2
 FOLD_ALL = 1000
 IMAGE_PADDING, LABEL_PADDING = 0, -1
@@ -26,9 +28,9 @@ class PatchCase(Protocol):
     """What a batch needs of a stored case: image (C,Z,Y,X), label (Z,Y,X), class locations."""
 
     @property
-    def image(self) -> np.ndarray: ...  # noqa: D102
+    def image(self) -> np.ndarray | CompressedArray: ...  # noqa: D102
     @property
-    def label(self) -> np.ndarray: ...  # noqa: D102
+    def label(self) -> np.ndarray | CompressedArray: ...  # noqa: D102
     @property
     def locations(self) -> Sequence[tuple[Any, np.ndarray]]: ...  # noqa: D102
 
@@ -123,7 +125,7 @@ def patch_start(
 
 
 def crop_padded(
-    array: np.ndarray, start: Sequence[int], size: Sequence[int], padding: int
+    array: np.ndarray | CompressedArray, start: Sequence[int], size: Sequence[int], padding: int
 ) -> np.ndarray:
     """Cut a box out of the last axes of an array; what lies outside is ``padding``.
 

@@ -27,7 +27,7 @@ from panther_jax.inference import export
 from panther_jax.inference.sliding_window import Predictor, make_predictor
 from panther_jax.network.unet import Net, apply
 from panther_jax.reporting import pictures
-from panther_jax.store.store import Store, StoredCase, read_stored
+from panther_jax.store.store import Store, StoredCase, in_memory, read_stored
 from panther_jax.weights.checkpoint import Checkpoints, TrainState
 
 LOGGER = logging.getLogger("panther_jax")
@@ -63,7 +63,7 @@ def validate(
         part = parts / f"{case_id}.npz"
         if part.is_file():
             continue
-        case = read_stored(store, case_id)
+        case = in_memory(read_stored(store, case_id))
         logits = predict(params, np.asarray(case.image))
         if save_probabilities:
             found = export.logits_to_probabilities(
@@ -151,7 +151,7 @@ def _overlay(
     case: StoredCase, logits: np.ndarray, store: Store, counts: Mapping[str, Any]
 ) -> pictures.Overlay:
     """The slice with most of the first class, on the network's grid."""
-    z = pictures.best_slice(case.label, store.labels.foreground_ids)
+    z = pictures.best_slice(np.asarray(case.label), store.labels.foreground_ids)
     scores = ", ".join(
         f"{name} {_cell(counts[metrics.class_key(value)]['Dice'])}"
         for name, value in store.labels.classes

@@ -59,7 +59,7 @@ def open_workdir(
             )
     folder.mkdir(parents=True, exist_ok=True)
     write_json(config_path, settings.to_json())
-    write_json(plans_path, read_object(store.folder / "plans.json"))
+    write_json(plans_path, store.plans.to_nnunet())
     write_json(workdir / "dataset.json", store.dataset)
 
 

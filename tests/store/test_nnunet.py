@@ -22,6 +22,7 @@ from panther_jax.plans.architecture import ArchSpec
 from panther_jax.plans.geometry import Geometry
 from panther_jax.plans.plans import Plans, Resampler
 from panther_jax.store import pickles, store
+from panther_jax.store.compressed import CompressedArray
 from panther_jax.store.folds import fold_cases
 
 TORCH = Resampler("resample_torch_fornnunet", (("force_separate_z", False), ("is_seg", False)))
@@ -129,6 +130,25 @@ def test_a_preprocessed_folder_is_a_store(tmp_path: Path, kind: str, resident: b
         assert store.voxel_counts(opened, case_id) == dict(
             zip(values.tolist(), counts.tolist(), strict=True)
         )
+
+
+@pytest.mark.parametrize("kind", ["b2nd", "npz"])
+def test_a_compressed_case_tells_its_size_before_it_is_read(tmp_path: Path, kind: str) -> None:
+    folder = write_folder(tmp_path, kind)
+    opened = store.open_store(folder)
+    case = store.read_stored(opened, "case_0")
+    image, label = arrays_of(0)
+    assert isinstance(case.image, CompressedArray) and isinstance(case.label, CompressedArray)
+    assert (case.image.shape, case.image.nbytes) == (image.shape, image.nbytes)
+    assert (case.label.shape, case.label.dtype, case.label.ndim) == (label[0].shape, "int16", 3)
+    assert case.image.sliced == (kind == "b2nd")
+    box = (..., slice(1, 3), slice(0, 2), slice(4, 6))
+    np.testing.assert_array_equal(case.image[box], image[box])
+    np.testing.assert_array_equal(case.label[1:3, :, 2], label[0, 1:3, :, 2])
+    path = folder / f"case_0.{kind}"
+    path.write_bytes(path.read_bytes()[:-40])  # what was opened is damaged later
+    with pytest.raises(StoreError, match=f"case_0.{kind} cannot be read"):
+        np.asarray(case.image)
 
 
 def test_references_and_splits_lie_beside_the_folder(tmp_path: Path) -> None:
