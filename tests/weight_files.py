@@ -165,7 +165,18 @@ def multi_state(arch, stems, heads, seed=0):
     return state
 
 
-def write_run(workdir, arch, *, optimizer="sgd", policy="default", steps=3, kinds=None):
+def write_run(
+    workdir,
+    arch,
+    *,
+    optimizer="sgd",
+    policy="default",
+    steps=3,
+    kinds=None,
+    plans=None,
+    dataset=DATASET,
+    seed=0,
+):
     """A run as training leaves it: ``steps`` epochs of one step, with random gradients."""
     settings = TrainConfig(
         data=DataConfig("Dataset777_Tiny", patch_size=(16, 16, 16), configuration="3d_fullres"),
@@ -184,10 +195,10 @@ def write_run(workdir, arch, *, optimizer="sgd", policy="default", steps=3, kind
     config["augment"]["policy"] = policy
     workdir.mkdir(parents=True)
     (workdir / "config.json").write_text(json.dumps(config))
-    (workdir / "plans.json").write_text(json.dumps(make_plans(arch).to_nnunet()))
-    (workdir / "dataset.json").write_text(json.dumps(DATASET))
+    (workdir / "plans.json").write_text(json.dumps((plans or make_plans(arch)).to_nnunet()))
+    (workdir / "dataset.json").write_text(json.dumps(dataset))
     tx = optim.make_optimizer(settings.optim, optim.make_schedule(settings.optim, 4, 1))
-    params = jax.tree.map(jnp.asarray, random_params(arch))
+    params = jax.tree.map(jnp.asarray, random_params(arch, seed))
     opt_state = tx.init(params)
     checkpoints = Checkpoints(workdir / "fold_0" / "checkpoints")
     rows = []

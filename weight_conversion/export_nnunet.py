@@ -1,7 +1,8 @@
 """Export a run or bundle as an nnU-Net model folder: ``python -m weight_conversion.export_nnunet``.
 
 nnU-Net 2.8.1 predicts with it, starts from it (``-pretrained_weights``), and continues a run's
-training with it (``--c``): SGD momentum, epoch and curves go along (spec 01 §3, §6).
+training with it (``--c``): SGD momentum, epoch and curves go along (spec 01 §3, §6). The validation
+goes along too, so that ``nnUNetv2_find_best_configuration`` takes it in.
 """
 
 import argparse
@@ -10,17 +11,19 @@ import math
 import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from panther_jax.base import command
-from panther_jax.base.errors import PantherError
 from panther_jax.base.files import read_object, write_json
 from panther_jax.base.folds import choose_folds
 from panther_jax.plans.plans import Plans
+from panther_jax.store.layout import FINGERPRINT
 from panther_jax.training.records import read_metrics
 from panther_jax.weights.from_run import run_mirror_axes, trained_folds
+from weight_conversion import companions
+from weight_conversion.companions import ExportError
 
 if TYPE_CHECKING:  # JAX and torch load when there is something to convert: --help must be quick
     from panther_jax.network.unet import Params
@@ -60,10 +63,6 @@ SGD_GROUP = {
 }
 
 
-class ExportError(PantherError, ValueError):
-    """A run or bundle that cannot be exported."""
-
-
 @dataclass(frozen=True)
 class Training:
     """What continuing needs beside the weights: epochs done, curves, optimiser settings, momentum.
@@ -90,12 +89,29 @@ class Member:
 
 @dataclass(frozen=True)
 class Model:
-    """A run or bundle: its JSON, and its checkpoints one after the other."""
+    """A run or bundle: its JSON, its folds, and its checkpoints one after the other."""
 
+    folder: Path
     plans: Mapping[str, Any]
     dataset: Mapping[str, Any]
     mirror_axes: tuple[int, ...]
+    folds: tuple[str, ...]
     members: Iterator[Member]
+
+
+@dataclass(frozen=True)
+class Beside:
+    """What is written beside the weights, and from which data.
+
+    ``raw`` and ``store`` default to those of the run. ``fingerprint``: dataset_fingerprint.json
+    too. ``preprocessed``: nnU-Net's folder of that name, where its training commands look.
+    """
+
+    raw: Path | None = None
+    store: Path | None = None
+    fingerprint: bool = False
+    preprocessed: Path | None = None
+    workers: int = 1
 
 
 def export(
@@ -104,6 +120,7 @@ def export(
     *,
     trainer: str = "nnUNetTrainer",
     folds: Sequence[str] = (),
+    beside: Beside | None = None,
     overwrite: bool = False,
 ) -> tuple[Path, ...]:
     """Write a run or bundle as the model folder ``out``; returns the checkpoints written.
@@ -120,16 +137,74 @@ def export(
     if not re.fullmatch(r"\w+", trainer):
         raise ExportError(f"trainer {trainer!r} is not the name of a class, such as nnUNetTrainer")
     refuse_existing(out, overwrite=overwrite)
+    beside = beside or Beside()
     source = open_model(model, folds)
+    sources = companions.find_sources(
+        model, str(source.plans["dataset_name"]), beside.raw, beside.store
+    )
+    source, fingerprint = _completed(source, out, sources=sources, beside=beside)
+    _warn_of_other_name(out, source, trainer)
     written = []
     with writing_folder(out) as temporary:
         for member in source.members:
             path = temporary / f"fold_{member.fold}" / member.file
             write_torch(path, make_checkpoint(source, member, trainer=trainer))
             written.append(out / path.relative_to(temporary))
-        write_json(temporary / "plans.json", source.plans)
-        write_json(temporary / "dataset.json", source.dataset)
+        _write_beside(source, temporary, out, fingerprint=fingerprint if beside.fingerprint else {})
+        if beside.preprocessed is not None:
+            companions.write_preprocessed(
+                beside.preprocessed,
+                source.plans,
+                source.dataset,
+                sources=sources,
+                fingerprint=fingerprint,
+            )
     return tuple(written)
+
+
+def _completed(
+    source: Model, out: Path, *, sources: companions.Sources, beside: Beside
+) -> tuple[Model, Mapping[str, Any] | None]:
+    """The model with complete JSON, under the data set's name of ``out``, and the fingerprint."""
+    wanted = beside.fingerprint or companions.lacks_intensity(source.plans)
+    fingerprint = sources.fingerprint(measure=wanted, workers=beside.workers)
+    if fingerprint is None and beside.fingerprint:
+        raise ExportError(
+            f"{source.folder}: there is no fingerprint to write\n  Name the raw data with --raw, "
+            "or the store with --store if it holds one."
+        )
+    plans = dict(source.plans)
+    if companions.DATASET_NAME.fullmatch(out.parent.name):
+        plans["dataset_name"] = out.parent.name
+    plans = companions.complete_plans(plans, source.dataset, fingerprint, model=source.folder)
+    cases = None if fingerprint is None else len(fingerprint["spacings"])
+    dataset = companions.complete_dataset(source.dataset, cases)
+    return replace(source, plans=plans, dataset=dataset), fingerprint
+
+
+def _warn_of_other_name(out: Path, source: Model, trainer: str) -> None:
+    """nnU-Net's commands find a model by the name of its folder."""
+    configuration = next(iter(source.plans["configurations"]))
+    name = f"{trainer}__{source.plans['plans_name']}__{configuration}"
+    if out.name != name and out.name.count("__") == 2:
+        LOGGER.warning("%s: nnUNetv2_predict -d and nnUNetv2_train look for a folder %s", out, name)
+
+
+def _write_beside(
+    source: Model, temporary: Path, out: Path, *, fingerprint: Mapping[str, Any] | None
+) -> None:
+    write_json(temporary / "plans.json", source.plans)
+    write_json(temporary / "dataset.json", source.dataset)
+    if fingerprint:
+        write_json(temporary / FINGERPRINT, fingerprint)
+    for fold in source.folds:
+        name = f"fold_{fold}"
+        companions.copy_validation(
+            source.folder / name,
+            temporary / name / "validation",
+            final=out.absolute() / name / "validation",
+            ending=source.dataset["file_ending"],
+        )
 
 
 # ----------------------------------------------------------------------------------- what it is
@@ -167,7 +242,7 @@ def _open_bundle(folder: Path, folds: Sequence[str]) -> Model:
     }
     chosen = choose_folds(folder, tuple(named), folds)
     members = (Member(f, FILES["final"], named[f], Training()) for f in chosen)
-    return Model(*_documents(folder), bundle.mirror_axes, members)
+    return Model(folder, *_documents(folder), bundle.mirror_axes, chosen, members)
 
 
 def _open_run(folder: Path, folds: Sequence[str]) -> Model:
@@ -175,14 +250,13 @@ def _open_run(folder: Path, folds: Sequence[str]) -> Model:
     plans, dataset = _documents(folder)
     config = read_object(folder / "config.json")
     members = (m for fold in chosen for m in _members_of_fold(folder, fold, config, plans, dataset))
-    return Model(
-        plans, dataset, run_mirror_axes(folder, Plans.from_nnunet(plans, dataset)), members
-    )
+    axes = run_mirror_axes(folder, Plans.from_nnunet(plans, dataset))
+    return Model(folder, plans, dataset, axes, chosen, members)
 
 
 def _documents(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     dataset = read_object(folder / "dataset.json")
-    return read_object(folder / "plans.json"), {"file_ending": ".nii.gz", **dataset}
+    return read_object(folder / "plans.json"), companions.complete_dataset(dataset, None)
 
 
 # ------------------------------------------------------------------------------------- one fold
@@ -351,7 +425,19 @@ def _parser() -> argparse.ArgumentParser:
     add("--model", type=Path, required=True, help="a run's work directory, or a bundle")
     add("--out", type=Path, required=True, help="model folder, TRAINER__PLANS__CONFIGURATION")
     add("--trainer", default="nnUNetTrainer", help="trainer class (default nnUNetTrainer)")
-    add("--folds", nargs="+", default=[], metavar="K", help="folds, numbers or all (default: each)")
+    add(
+        "--folds",
+        nargs="+",
+        default=[],
+        metavar="K",
+        help="numbers, all or fold_all (all)",
+    )
+    add("--raw", type=Path, help="raw data set of the model (default: the run's)")
+    add("--store", type=Path, help="store of the model (default: the run's)")
+    add("--fingerprint", action="store_true", help="dataset_fingerprint.json too")
+    where = "nnUNet_preprocessed: put there what nnUNetv2_train and _find_best_configuration read"
+    add("--preprocessed", type=Path, metavar="FOLDER", help=where)
+    add("--workers", type=int, default=1, help="processes that measure (default: %(default)s)")
     add("--overwrite", action="store_true", help="replace the folder if it exists")
     return parser
 
@@ -362,6 +448,13 @@ def _run(arguments: argparse.Namespace) -> str:
         arguments.out,
         trainer=arguments.trainer,
         folds=arguments.folds,
+        beside=Beside(
+            raw=arguments.raw,
+            store=arguments.store,
+            fingerprint=arguments.fingerprint,
+            preprocessed=arguments.preprocessed,
+            workers=arguments.workers,
+        ),
         overwrite=arguments.overwrite,
     )
     return "\n".join(map(str, (*written, arguments.out)))

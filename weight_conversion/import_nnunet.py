@@ -17,9 +17,10 @@ import panther_jax
 from panther_jax.base import command
 from panther_jax.base.errors import PlansError
 from panther_jax.base.files import read_object
-from panther_jax.base.folds import choose_folds
+from panther_jax.base.folds import choose_checkpoint, choose_folds
 from panther_jax.plans.labels import Labels
 from panther_jax.plans.plans import Plans, resolve_configuration
+from panther_jax.plans.v1 import with_architecture
 
 if TYPE_CHECKING:  # JAX and torch load when there is something to convert: --help must be quick
     from panther_jax.weights.bundle import ModelBundle
@@ -79,19 +80,17 @@ def read_model_folder(
     folder: Path,
     *,
     folds: Sequence[str] = (),
-    checkpoint_name: str = FINAL,
+    checkpoint: str = "final",
     configuration: str | None = None,
     stem: str | None = None,
 ) -> Imported:
-    """Convert the folds of an nnU-Net model folder, in memory; by default all numbered ones.
-
-    As in the reference, ``fold_all`` is taken if asked for, or if it is the only one.
+    """Convert the folds of an nnU-Net model folder, in memory; :func:`find_folds` chooses them.
 
     Raises:
         FileNotFoundError: naming the folder, file or fold that is missing and what is there.
         ValueError: if a file is not safe or not whole, or does not fit.
     """
-    checkpoints = find_folds(folder, folds, checkpoint_name)
+    checkpoints = find_folds(folder, folds, checkpoint)
     named = {}
     for name in ("plans.json", "dataset.json"):
         named[name] = read_object(folder / name) if (folder / name).is_file() else None
@@ -128,27 +127,45 @@ def read_single(
     )
 
 
-def find_folds(folder: Path, folds: Sequence[str], checkpoint_name: str) -> dict[str, Path]:
-    """Checkpoint files of a model folder by fold.
+def find_folds(
+    folder: Path, folds: Sequence[str] = (), checkpoint: str = "final"
+) -> dict[str, Path]:
+    """Checkpoint files of a model folder by fold, as :mod:`panther_jax.folds` chooses them.
+
+    ``checkpoint`` is final, best, or the name of a file in the fold folders. Where there is no
+    final one, the best is taken, and the log says so.
 
     Raises:
-        FileNotFoundError: naming what is missing and what is there.
+        FileNotFoundError, FoldsError: naming what is missing and what is there.
     """
     if not folder.is_dir():
         raise FileNotFoundError(f"model folder {folder} does not exist")
+    names = {word: file_name(word) for word in ("final", "best", checkpoint)}
     found = {
-        path.parent.name.removeprefix("fold_"): path
-        for path in sorted(folder.glob(f"fold_*/{checkpoint_name}"))
+        word: {
+            path.parent.name.removeprefix("fold_"): path
+            for path in sorted(folder.glob(f"fold_*/{name}"))
+        }
+        for word, name in names.items()
     }
-    if not found:
+    checkpoint = choose_checkpoint(
+        folder, {word: list(paths) for word, paths in found.items()}, checkpoint, folds
+    )
+    name, present = names[checkpoint], found[checkpoint]
+    if not present:
         others = ", ".join(str(p.relative_to(folder)) for p in sorted(folder.glob("*/*.pth"))[:6])
         raise FileNotFoundError(
-            f"{folder} holds no fold_*/{checkpoint_name}\n  found: {others or 'no checkpoint'}\n"
+            f"{folder} holds no fold_*/{name}\n  found: {others or 'no checkpoint'}\n"
             "  Name the folder TRAINER__PLANS__CONFIGURATION of nnUNet_results, or another "
-            "--checkpoint-name."
+            "--checkpoint."
         )
-    chosen = choose_folds(folder, list(found), folds, what=f"{checkpoint_name} of fold")
-    return {fold: found[fold] for fold in chosen}
+    chosen = choose_folds(folder, list(present), folds, what=f"{name} of fold")
+    return {fold: present[fold] for fold in chosen}
+
+
+def file_name(checkpoint: str) -> str:
+    """The file of a checkpoint: of final and best nnU-Net's name, else the name itself."""
+    return {"final": FINAL, "best": "checkpoint_best.pth"}.get(checkpoint, checkpoint)
 
 
 # ---------------------------------------------------------------------------------- conversion
@@ -221,48 +238,7 @@ def _plans_of(
             f"configuration {name!r} is the second stage of nnU-Net's cascade, which reads the "
             f"prediction of {entry['previous_stage']!r}; it cannot be imported"
         )
-    if "architecture" not in entry:
-        entry["architecture"] = architecture_of_old_plans(entry)
-    return {**plans, "configurations": {str(name): entry}}
-
-
-def architecture_of_old_plans(entry: Mapping[str, Any]) -> dict[str, Any]:
-    """The architecture block of a configuration that predates it (spec 01 §1.1).
-
-    Raises:
-        PlansError: if the configuration describes no network at all.
-    """
-    try:
-        convs = [int(n) for n in entry["n_conv_per_stage_encoder"]]
-        base, limit = int(entry["UNet_base_num_features"]), int(entry["unet_max_num_features"])
-        name = str(entry.get("UNet_class_name", "PlainConvUNet"))
-        ndim = len(entry["patch_size"])
-        blocks = "n_blocks_per_stage" if name == "ResidualEncoderUNet" else "n_conv_per_stage"
-        return {
-            "network_class_name": f"dynamic_network_architectures.architectures.unet.{name}",
-            "arch_kwargs": {
-                "n_stages": len(convs),
-                "features_per_stage": [min(base * 2**s, limit) for s in range(len(convs))],
-                "conv_op": f"torch.nn.modules.conv.Conv{ndim}d",
-                "kernel_sizes": entry["conv_kernel_sizes"],
-                "strides": entry["pool_op_kernel_sizes"],
-                blocks: convs,
-                "n_conv_per_stage_decoder": entry["n_conv_per_stage_decoder"],
-                "conv_bias": True,
-                "norm_op": f"torch.nn.modules.instancenorm.InstanceNorm{ndim}d",
-                "norm_op_kwargs": {"eps": 1e-5, "affine": True},
-                "dropout_op": None,
-                "dropout_op_kwargs": None,
-                "nonlin": "torch.nn.LeakyReLU",
-                "nonlin_kwargs": {"inplace": True},
-            },
-            "_kw_requires_import": ["conv_op", "norm_op", "dropout_op", "nonlin"],
-        }
-    except KeyError as error:
-        raise PlansError(
-            f"plans: the configuration has no 'architecture', and {error.args[0]!r} of the older "
-            "format is missing too"
-        ) from None
+    return {**plans, "configurations": {str(name): with_architecture(entry)}}
 
 
 def _dataset_of(
@@ -338,14 +314,21 @@ def _parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("--model-folder", type=Path, help="folder TRAINER__PLANS__CONFIGURATION of nnUNet_results")
-    add("--checkpoint", type=Path, help="a single checkpoint file (.pth) instead")
+    what = "final (default), best, or a file's name, of the model folder; alone: one file (.pth)"
+    add("--checkpoint", metavar="final|best|NAME", help=what)
     add("--plans", type=Path, help="plans.json of --checkpoint (default: the one stored in it)")
     add("--dataset-json", type=Path, help="dataset.json of --checkpoint (default: likewise)")
     add("--configuration", help="configuration of the plans (default: the checkpoint's)")
     add("--out", type=Path, required=True, help="folder of the bundle")
     add("--stem", metavar="copy|reinit|ID", help="which stem the bundle holds (default: copy)")
-    add("--folds", nargs="+", default=[], metavar="K", help="folds, numbers or all (default: each)")
-    add("--checkpoint-name", default=FINAL, help=f"file name in the fold folders ({FINAL})")
+    add(
+        "--folds",
+        nargs="+",
+        default=[],
+        metavar="K",
+        help="numbers, all or fold_all (all)",
+    )
+    add("--checkpoint-name", help="the same as --checkpoint NAME")
     add("--license", help="licence of the weights, for provenance.json")
     add("--overwrite", action="store_true", help="replace the bundle if it exists")
     return parser
@@ -359,13 +342,13 @@ def _run(arguments: argparse.Namespace) -> str:
         imported = read_model_folder(
             arguments.model_folder,
             folds=arguments.folds,
-            checkpoint_name=arguments.checkpoint_name,
+            checkpoint=arguments.checkpoint_name or arguments.checkpoint or "final",
             configuration=arguments.configuration,
             stem=arguments.stem,
         )
     else:
         imported = read_single(
-            arguments.checkpoint,
+            Path(arguments.checkpoint),
             plans=arguments.plans,
             dataset=arguments.dataset_json,
             configuration=arguments.configuration,
@@ -381,8 +364,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit code."""
     parser = _parser()
     arguments = parser.parse_args(command.normalized(sys.argv[1:] if argv is None else argv))
-    if (arguments.model_folder is None) == (arguments.checkpoint is None):
-        parser.error("name one of --model-folder and --checkpoint")
+    if arguments.model_folder is None and arguments.checkpoint is None:
+        parser.error("name a --model-folder, or a single file with --checkpoint")
+    if arguments.checkpoint is not None and "/" in arguments.checkpoint and arguments.model_folder:
+        parser.error("--checkpoint of a model folder is final, best or a file's name, not a path")
+    if None not in (arguments.checkpoint, arguments.checkpoint_name):
+        parser.error("--checkpoint and --checkpoint-name are the same; pass one of them")
     if arguments.model_folder is not None and (arguments.plans or arguments.dataset_json):
         parser.error("--plans and --dataset-json go with --checkpoint; a model folder has its own")
     return command.run(lambda: _run(arguments), quiet=arguments.quiet, debug=arguments.debug)

@@ -4,19 +4,25 @@ Reading is ``torch.load(weights_only=True)`` with a fixed list of additions, aft
 been checked, and nothing else. Tensors stay memory-mapped: a file larger than memory can be read.
 """
 
+import pickletools
 import zipfile
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePath, PurePosixPath, PureWindowsPath
 from typing import Any
 
 import numpy as np
 
 from panther_jax.base.errors import PantherError
 from panther_jax.base.files import writing
-from panther_jax.store.pickles import MAX_ENTRIES, has_too_many_entries
+from panther_jax.store.pickles import (
+    MAX_ENTRIES,
+    NUMERIC_BUILDERS,
+    StandInArray,
+    has_too_many_entries,
+)
 
 try:
     import torch
@@ -33,6 +39,18 @@ SIGNATURES = (
     (b"version https://git-lfs", "a Git LFS pointer, not the file itself; run git lfs pull"),
     (b"<", "an HTML or XML page, probably a failed download"),
 )
+ENTRIES = (
+    "network_weights",
+    "optimizer_state",
+    "grad_scaler_state",
+    "logging",
+    "_best_ema",
+    "current_epoch",
+    "init_args",
+    "trainer_name",
+    "inference_allowed_mirroring_axes",
+)
+BATCH_NORM = ("running_mean", "running_var", "num_batches_tracked")
 
 
 class TorchFileError(PantherError, ValueError):
@@ -66,11 +84,6 @@ def read_checkpoint(path: Path) -> TorchCheckpoint:
         FileNotFoundError, TorchFileError: saying what is wrong with the file.
     """
     content = read_torch(path)
-    if has_too_many_entries(content):
-        raise TorchFileError(
-            f"{path} was refused: it holds more than {MAX_ENTRIES} entries, most of them the "
-            "same again\n  No nnU-Net checkpoint does; get it from a source you trust."
-        )
     if not isinstance(content, Mapping):
         raise TorchFileError(
             f"{path} holds a {type(content).__name__}, expected a checkpoint (a dictionary)"
@@ -84,6 +97,13 @@ def read_checkpoint(path: Path) -> TorchCheckpoint:
         raise TorchFileError(
             f"{path} is not an nnU-Net v2 checkpoint: it has no 'network_weights', only {keys}\n"
             "  Expected a checkpoint_final.pth or checkpoint_best.pth of nnU-Net v2."
+        )
+    statistics = next((k for k in weights if str(k).endswith(BATCH_NORM)), None)
+    if statistics is not None:
+        raise TorchFileError(
+            f"{path} is of a network with batch norm (it holds {statistics!r}), as "
+            "nnUNetTrainerBN makes it, which is not supported\n  Expected instance norm, nnU-Net's "
+            "default; docs/from-nnunet.md lists what is not supported."
         )
     return TorchCheckpoint(path, {str(k): _array(path, k, v) for k, v in weights.items()}, entries)
 
@@ -112,30 +132,79 @@ def read_torch(path: Path) -> Any:
         except Exception as error:  # the pickle is damaged or uses opcodes that torch never writes
             raise TorchFileError(_unreadable(path, error)) from None
         if unsafe:
+            named = _places(path, set(unsafe))
             raise TorchFileError(
-                f"{path} was refused: it asks for {', '.join(sorted(unsafe))}, which is not in the "
+                f"{path} was refused: it asks for {named}, which is not in the "
                 "list of harmless types\n  Such a file can run code when loaded the usual way; "
                 "none of it was run. Get the weights from a source you trust."
             )
         try:
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         except Exception as error:  # torch raises many types for damaged files
             raise TorchFileError(_unreadable(path, error)) from None
+    if has_too_many_entries(content):
+        raise TorchFileError(
+            f"{path} was refused: it holds more than {MAX_ENTRIES} entries, most of them the "
+            "same again\n  No nnU-Net checkpoint does; get it from a source you trust."
+        )
+    try:
+        return _data(content)
+    except Exception as error:  # a crafted file: stand-ins without content, endless nesting
+        raise TorchFileError(_unreadable(path, error)) from None
 
 
 @contextmanager
 def _allowed() -> Iterator[None]:
-    """NumPy scalars and dtypes, which nnU-Net's log holds, under their old and new names."""
-    scalar = np._core.multiarray.scalar  # type: ignore[attr-defined]
-    additions = [
-        (scalar, "numpy._core.multiarray.scalar"),
-        (scalar, "numpy.core.multiarray.scalar"),
-        np.dtype,
-        type(np.dtype("float32")),
-        type(np.dtype("float64")),
-    ]
+    """What nnU-Net's log and arguments hold besides tensors: NumPy values, slices, paths.
+
+    NumPy's names, old and new, stand for builders of ours, which check what they make: its own
+    would trust the state of a forged type.
+    """
+    additions: list[Any] = [(slice, "builtins.slice")]
+    for (module, name), build in NUMERIC_BUILDERS.items():
+        additions.append((build, f"{module}.{name}"))
+        additions.append((build, f"{module}.{name}".replace("numpy._core", "numpy.core")))
+    for module in ("pathlib", "pathlib._local"):
+        for kind in ("PurePosixPath", "PosixPath"):
+            additions.append((PurePosixPath, f"{module}.{kind}"))
+        for kind in ("PureWindowsPath", "WindowsPath"):
+            additions.append((PureWindowsPath, f"{module}.{kind}"))
     with torch.serialization.safe_globals(additions):
         yield
+
+
+def _places(path: Path, names: set[str]) -> str:
+    """Where a pickle first asks for each name: the entry, and the text read before it.
+
+    The pickle is only parsed.
+    """
+    with zipfile.ZipFile(path) as archive:
+        member = next(n for n in archive.namelist() if n.endswith("/data.pkl"))
+        data = archive.read(member)
+    entry, before, found = "", "", {}
+    for operation, argument, _ in pickletools.genops(data):
+        if operation.name == "GLOBAL":
+            name = str(argument).replace(" ", ".")
+            if name in names and name not in found:
+                after = f" after {before[:80]!r}" if before != entry else ""
+                found[name] = f"{name} (in {entry!r}{after})" if before else name
+        elif "UNICODE" in operation.name:
+            before = str(argument)
+            entry = before if before in ENTRIES else entry
+    return ", ".join(found.get(name, name) for name in sorted(names))
+
+
+def _data(value: Any) -> Any:
+    """Plain arrays and texts in the place of stand-ins and paths."""
+    if isinstance(value, StandInArray):
+        return value.array
+    if isinstance(value, PurePath):
+        return str(value)
+    if isinstance(value, Mapping):
+        return type(value)({_data(k): _data(v) for k, v in value.items()})  # type: ignore[call-arg]
+    if type(value) in (list, tuple):
+        return type(value)(_data(v) for v in value)
+    return value
 
 
 def _unreadable(path: Path, error: Exception) -> str:

@@ -138,6 +138,8 @@ def activate(x: Array, arch: ArchSpec) -> Array:
     """The architecture's non-linearity."""
     if arch.nonlin is None:
         return x
+    if arch.nonlin in ("gelu", "silu"):
+        return jax.nn.gelu(x, approximate=False) if arch.nonlin == "gelu" else jax.nn.silu(x)
     slope = arch.negative_slope if arch.nonlin == "leaky_relu" else 0.0
     return jnp.where(x >= 0, x, slope * x)
 

@@ -24,6 +24,16 @@ NONLINEARITIES = {
     "torch.nn.modules.activation.LeakyReLU": "leaky_relu",
     "torch.nn.ReLU": "relu",
     "torch.nn.modules.activation.ReLU": "relu",
+    "torch.nn.GELU": "gelu",
+    "torch.nn.modules.activation.GELU": "gelu",
+    "torch.nn.SiLU": "silu",
+    "torch.nn.modules.activation.SiLU": "silu",
+}
+NONLINEARITY_NAMES = {
+    "leaky_relu": "torch.nn.LeakyReLU",
+    "relu": "torch.nn.ReLU",
+    "gelu": "torch.nn.GELU",
+    "silu": "torch.nn.SiLU",
 }
 NETWORK_MODULE = "dynamic_network_architectures.architectures.unet."
 NETWORKS: Registry[Callable[..., Any]] = Registry(
@@ -61,7 +71,7 @@ class ArchSpec:
     has_norm: bool = True
     norm_eps: float = 1e-5
     norm_affine: bool = True
-    nonlin: Literal["leaky_relu", "relu"] | None = "leaky_relu"
+    nonlin: Literal["leaky_relu", "relu", "gelu", "silu"] | None = "leaky_relu"
     negative_slope: float = TORCH_LEAKY_SLOPE
     nonlin_first: bool = False
     dropout_rate: float = 0.0
@@ -174,7 +184,7 @@ class ArchSpec:
             num_outputs=num_outputs,
             features=_per_stage(kwargs, "features_per_stage", n),
             kernel_sizes=_per_stage_axes(kwargs, "kernel_sizes", n, ndim),
-            strides=_per_stage_axes(kwargs, "strides", n, ndim),
+            strides=_strides(kwargs, n, ndim),
             blocks=_per_stage(kwargs, blocks, n),
             decoder_convs=_per_stage(kwargs, "n_conv_per_stage_decoder", n - 1),
             bottleneck_channels=_bottleneck(kwargs, n) if residual else None,
@@ -183,7 +193,7 @@ class ArchSpec:
             has_norm=kwargs.get("norm_op") is not None,
             norm_eps=_number({"eps": 1e-5, **norm_kwargs}, "eps", float),
             norm_affine=bool(norm_kwargs.get("affine", False)),
-            nonlin=None if nonlin is None else _known("nonlin", nonlin, NONLINEARITIES),
+            nonlin=None if nonlin is None else _nonlinearity(nonlin, nonlin_kwargs),
             negative_slope=_number(
                 {"negative_slope": TORCH_LEAKY_SLOPE, **nonlin_kwargs}, "negative_slope", float
             ),
@@ -216,11 +226,11 @@ class ArchSpec:
                 f"torch.nn.modules.dropout.Dropout{self.ndim}d" if self.dropout_rate else None
             ),
             "dropout_op_kwargs": {"p": self.dropout_rate} if self.dropout_rate else None,
-            "nonlin": {"leaky_relu": "torch.nn.LeakyReLU", "relu": "torch.nn.ReLU", None: None}[
-                self.nonlin
-            ],
+            "nonlin": NONLINEARITY_NAMES[self.nonlin] if self.nonlin else None,
             "nonlin_kwargs": {"inplace": True} if self.nonlin else None,
         }
+        if self.nonlin == "gelu":
+            kwargs["nonlin_kwargs"] = {}  # torch's takes no "inplace"
         if self.nonlin == "leaky_relu" and self.negative_slope != TORCH_LEAKY_SLOPE:
             kwargs["nonlin_kwargs"]["negative_slope"] = self.negative_slope
         if self.nonlin_first:
@@ -265,6 +275,26 @@ def _known(field: str, path: Any, table: Mapping[str, Any]) -> Any:
             f"architecture: {field} {path!r} is not supported; expected one of {', '.join(table)}"
         )
     return table[path]
+
+
+def _strides(kwargs: Mapping[str, Any], count: int, ndim: int) -> tuple[tuple[int, ...], ...]:
+    strides = _per_stage_axes(kwargs, "strides", count, ndim)
+    if strides and any(step > 1 for step in strides[0]):
+        raise PlansError(
+            f"architecture: the first stage has strides {strides[0]}, so that the output would be "
+            "smaller than the input, which is not supported (nor does nnU-Net predict so); "
+            "expected 1 an axis"
+        )
+    return strides
+
+
+def _nonlinearity(path: Any, kwargs: Mapping[str, Any]) -> Any:
+    if kwargs.get("approximate", "none") != "none":
+        raise PlansError(
+            f"architecture: GELU with 'approximate' {kwargs['approximate']!r} is not supported; "
+            "expected 'none'"
+        )
+    return _known("nonlin", path, NONLINEARITIES)
 
 
 def _options(source: Mapping[str, Any], key: str) -> Mapping[str, Any]:

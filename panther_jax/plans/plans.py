@@ -8,6 +8,7 @@ from typing import Any
 from panther_jax.base.errors import PlansError
 from panther_jax.plans.architecture import ArchSpec
 from panther_jax.plans.labels import Labels
+from panther_jax.plans.v1 import with_architecture
 
 RESAMPLERS = ("resample_data_or_seg_to_shape", "resample_torch_fornnunet")
 NORMALIZATION_BY_CHANNEL = {
@@ -97,7 +98,7 @@ class Plans:
                 raise PlansError(f"plans: name one of the configurations {names}")
             configuration = names[0]
         assert configuration is not None
-        entry = resolve_configuration(plans, configuration)
+        entry = with_architecture(resolve_configuration(plans, configuration))
         channels = dataset.get("channel_names", dataset.get("modality"))
         if not isinstance(channels, (Mapping, list)) or not channels:
             raise PlansError(

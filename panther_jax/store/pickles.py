@@ -120,7 +120,7 @@ class _Dtype:
         return np.dtype(self.order + self.code)
 
 
-class _Array:
+class StandInArray:
     """An array: nothing until its state, checked, arrives."""
 
     __slots__ = ("array",)
@@ -166,12 +166,17 @@ def _encode(text: Any, _encoding: Any) -> bytes:
     return str(text).encode("latin1")  # how protocol 2 and older write bytes
 
 
-_BUILDERS: Mapping[tuple[str, str], Callable[..., Any]] = {
-    ("numpy._core.multiarray", "_reconstruct"): _Array,
+NUMERIC_BUILDERS: Mapping[tuple[str, str], Callable[..., Any]] = {
+    ("numpy._core.multiarray", "_reconstruct"): StandInArray,
     ("numpy._core.multiarray", "scalar"): _scalar,
     ("numpy._core.numeric", "_frombuffer"): _frombuffer,
     ("numpy", "dtype"): _Dtype,
     ("numpy", "ndarray"): _ndarray,
+}
+"""NumPy's names in a pickle, and the checked makers of what they stand for."""
+
+_BUILDERS: Mapping[tuple[str, str], Callable[..., Any]] = {
+    **NUMERIC_BUILDERS,
     ("builtins", "set"): set,
     ("builtins", "frozenset"): frozenset,
     ("builtins", "bytearray"): _bytearray,
@@ -200,7 +205,7 @@ def has_too_many_entries(value: Any) -> bool:
 
 def _plain(value: Any) -> Any:
     """Put arrays in the place of their stand-ins."""
-    if isinstance(value, _Array):
+    if isinstance(value, StandInArray):
         return value.array
     if isinstance(value, dict):
         return {key: _plain(v) for key, v in value.items()}

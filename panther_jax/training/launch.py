@@ -9,6 +9,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import panther_jax
 from panther_jax.base import command
@@ -22,6 +23,7 @@ from panther_jax.config.schema import ConfigError, TrainConfig
 from panther_jax.planner import from_config
 from panther_jax.plans.architecture import NETWORKS
 from panther_jax.preprocessing.normalization import NORMALIZATIONS
+from panther_jax.store.store import Store
 from panther_jax.training.data import planned, prepare_store
 from panther_jax.training.options import Fold, Options, Result, TrainFold, parse
 from panther_jax.training.provenance import _provenance, device_name, record
@@ -127,7 +129,7 @@ def execute(
         if primary:
             open_workdir(workdir, folder, settings, store, options)
         setup_logging(quiet=quiet, file=folder / "log.txt" if primary else None)
-        record(folder, _provenance(settings, source, options))
+        record(folder, _provenance(settings, source, options) | _data_of(store, options))
         tables = train_fold(settings, store, folder, fold=options.fold, bundle=bundle)
     except Exception as error:
         LOGGER.debug("stopped", exc_info=error)
@@ -176,6 +178,12 @@ def _set_up_jax(settings: TrainConfig, *, deterministic: bool) -> None:
         from panther_jax.devices import compiler
 
         compiler.use_compilation_cache()
+
+
+def _data_of(store: Store, options: Options) -> dict[str, Any]:
+    """Where the data lies, for what needs it after the training, such as an export."""
+    raw = None if options.raw is None else str(options.raw.resolve())
+    return {"store": str(store.folder.resolve()), "raw": raw}
 
 
 # ------------------------------------------------------------------------------------- dry run

@@ -12,8 +12,8 @@ import numpy as np
 
 from panther_jax.base.errors import PantherError
 from panther_jax.base.files import read_object
-from panther_jax.base.folds import choose_folds
-from panther_jax.config.schema import CheckpointName
+from panther_jax.base.folds import choose_checkpoint, choose_folds
+from panther_jax.config.schema import CHECKPOINTS, CheckpointName
 from panther_jax.network.unet import Params, param_shapes, walk
 from panther_jax.plans.labels import Labels
 from panther_jax.plans.plans import Plans
@@ -23,10 +23,6 @@ from panther_jax.weights.checkpoint import Checkpoints
 from panther_jax.weights.from_run import run_mirror_axes
 
 LOGGER = logging.getLogger("panther_jax")
-CHECKPOINT_FILES: Mapping[str, str] = {
-    "final": "checkpoint_final.pth",
-    "best": "checkpoint_best.pth",
-}
 
 
 class ModelError(PantherError, ValueError):
@@ -125,7 +121,11 @@ def _load_run(folder: Path, folds: Sequence[str], checkpoint: CheckpointName) ->
         p.parent.name.removeprefix("fold_"): Checkpoints(p)
         for p in sorted(folder.glob("fold_*/checkpoints"))
     }
-    ready = [fold for fold, found in present.items() if found.steps(checkpoint)]
+    kinds: tuple[CheckpointName, ...] = CHECKPOINTS
+    having = {kind: [f for f, c in present.items() if c.steps(kind)] for kind in kinds}
+    if choose_checkpoint(folder, having, checkpoint, folds) == "best":
+        checkpoint = "best"
+    ready = having[checkpoint]
     chosen = choose_folds(folder, ready, folds, what=f"{checkpoint} checkpoint of fold")
     if not folds and len(ready) < len(present):
         unfinished = sorted(set(present) - set(ready))
@@ -188,7 +188,7 @@ def _load_nnunet(
     imported = read_model_folder(
         folder,
         folds=folds,
-        checkpoint_name=CHECKPOINT_FILES[checkpoint],
+        checkpoint=checkpoint,
         configuration=configuration,
     )
     bundle = imported.bundle()

@@ -38,8 +38,8 @@ def load_start(
     LOGGER.info("starting weights: converting fold %s, %s of %s", name, checkpoint, folder)
     imported = read_model_folder(
         folder,
-        folds=[name],
-        checkpoint_name=checkpoint,
+        folds=["fold_all" if name == "all" else name],
+        checkpoint=checkpoint,
         stem="reinit" if stem == "reinit" else None,
     )
     bundle = imported.bundle()

@@ -53,6 +53,8 @@ def read(block, **kwargs):
         ),
         architecture(dropout_op="torch.nn.modules.dropout.Dropout3d", dropout_op_kwargs={"p": 0.3}),
         architecture(norm_op=None, norm_op_kwargs=None, nonlin=None, nonlin_kwargs=None),
+        architecture(nonlin="torch.nn.GELU", nonlin_kwargs={}),
+        architecture(nonlin="torch.nn.SiLU"),
     ],
 )
 def test_architectures_survive_the_way_to_nnunet_and_back(block):
@@ -91,7 +93,9 @@ def test_derived_sizes():
         ({"network_class_name": "my.Transformer"}, "unknown network class 'Transformer'"),
         (architecture(conv_op="os.system"), "conv_op 'os.system' is not supported"),
         (architecture(norm_op="torch.nn.BatchNorm3d"), "norm_op 'torch.nn.BatchNorm3d'"),
-        (architecture(nonlin="torch.nn.GELU"), "nonlin 'torch.nn.GELU'"),
+        (architecture(nonlin="torch.nn.PReLU"), "nonlin 'torch.nn.PReLU'"),
+        (architecture(nonlin="torch.nn.GELU", nonlin_kwargs={"approximate": "tanh"}), "'tanh'"),
+        (architecture(strides=[[1, 2, 2]] * 3), r"first stage has strides \(1, 2, 2\)"),
         (architecture(features_per_stage=[8, 16]), "kernel_sizes has 3 entries for 2 stages"),
         (architecture(strides=[[1, 1], [2, 2], [2, 2]]), "2 or all have 3 axes"),
         (architecture(kernel_sizes=2), "must be odd"),

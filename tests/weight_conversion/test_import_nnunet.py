@@ -189,14 +189,27 @@ def test_a_damaged_or_foreign_bundle_is_refused(tmp_path):
         load_bundle(tmp_path / "c")
 
 
-def test_folds_are_chosen_as_the_reference_does(tmp_path):
+def test_folds_and_checkpoints_are_chosen_by_one_rule(tmp_path, caplog):
     folder = made.write_model_folder(tmp_path / "m", made.FLAT, ("0", "1", "all"))
     assert list(import_nnunet.read_model_folder(folder).params) == ["0", "1"]
+    assert list(import_nnunet.read_model_folder(folder, folds=["all"]).params) == ["0", "1"]
     assert list(import_nnunet.read_model_folder(folder, folds=["fold_all"]).params) == ["all"]
-    with pytest.raises(FoldsError, match="of fold 7; there are: 0, 1, all"):
+    with pytest.raises(FoldsError, match="fold 7; there are: 0, 1, all"):
         import_nnunet.read_model_folder(folder, folds=["7"])
     with pytest.raises(FileNotFoundError, match="found: fold_0/checkpoint_final.pth"):
-        import_nnunet.read_model_folder(folder, checkpoint_name="checkpoint_best.pth")
+        import_nnunet.read_model_folder(folder, checkpoint="checkpoint_x.pth")
+    (folder / "fold_1" / "checkpoint_final.pth").rename(folder / "fold_1" / "checkpoint_best.pth")
+    assert list(import_nnunet.find_folds(folder)) == ["0"]
+    assert list(import_nnunet.find_folds(folder, checkpoint="best")) == ["1"]
+    with caplog.at_level("WARNING", "panther_jax"):
+        assert list(import_nnunet.find_folds(folder, ["1"])) == ["1"]
+    assert "no final checkpoint of fold 1: the best one is taken" in caplog.text
+    base = ["--model-folder", str(folder), "--out"]
+    for number, spelling in enumerate(
+        (["--checkpoint", "best"], ["--checkpoint-name", "checkpoint_best.pth"])
+    ):
+        assert import_nnunet.main([*base, str(tmp_path / f"b{number}"), *spelling]) == 0
+        assert set(load_bundle(tmp_path / f"b{number}").params) == {"1"}
 
 
 def test_nothing_is_written_where_something_does_not_fit(tmp_path, capsys):

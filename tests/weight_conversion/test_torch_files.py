@@ -8,6 +8,7 @@ import pickle
 import struct
 import zipfile
 from collections import OrderedDict
+from pathlib import PosixPath, PurePosixPath, PureWindowsPath
 
 import numpy as np
 import pytest
@@ -97,6 +98,65 @@ def test_scalars_written_under_the_old_numpy_are_read(tmp_path):
                 data = data.replace(b"cnumpy._core.multiarray\n", b"cnumpy.core.multiarray\n")
             target.writestr(name, data)
     assert read_checkpoint(old).entries["logging"] == {"a": [np.float32(1.5)]}
+
+
+def test_data_of_numpy_slices_and_paths_is_read(tmp_path):
+    """What trainers of one's own put into their arguments and logs is data, not code."""
+    held = {
+        "integer": np.int64(3),
+        "flag": np.bool_(True),
+        "float": np.float64(0.25),
+        "array": np.arange(6, dtype=np.int16).reshape(2, 3),
+        "fortran": np.asfortranarray(np.arange(6.0).reshape(2, 3)),
+        "slice": slice(1, np.int32(7), None),
+        "pure": PurePosixPath("/data/raw"),
+        "path": PosixPath("runs/a"),
+        "windows": PureWindowsPath("C:/data"),
+    }
+    path = tmp_path / "good.pth"
+    entries = {"init_args": {**made.checkpoint(made.FLAT)["init_args"], **held}, "logging": held}
+    torch.save(made.checkpoint(made.FLAT, **entries), path)
+    checkpoint = read_checkpoint(path)
+    for found in (checkpoint.entries["init_args"], checkpoint.entries["logging"]):
+        assert (found["integer"], found["flag"], found["float"]) == (3, True, 0.25)
+        for name in ("array", "fortran"):
+            assert found[name].dtype == held[name].dtype
+            np.testing.assert_array_equal(found[name], held[name])
+        assert found["slice"] == slice(1, 7, None)
+        assert (found["pure"], found["path"]) == ("/data/raw", "runs/a")
+        assert found["windows"] == "C:\\data"
+    import_nnunet.read_single(path)
+
+
+@pytest.mark.parametrize(
+    "value", [np.array([None]), np.array(["a"], object), np.zeros(2, [("a", "f4")])]
+)
+def test_arrays_that_are_not_numeric_are_refused(tmp_path, value):
+    path = tmp_path / "bad.pth"
+    torch.save(made.checkpoint(made.FLAT, logging={"a": value}), path)
+    with pytest.raises(TorchFileError, match="was refused"):
+        read_checkpoint(path)
+
+
+def test_a_refusal_says_where_the_file_asks(tmp_path):
+    path = tmp_path / "bad.pth"
+    content = made.checkpoint(made.FLAT)
+    content["init_args"]["callback"] = Bomb(tmp_path / "it-ran", "system")
+    torch.save(content, path)
+    with pytest.raises(TorchFileError, match=r"system \(in 'init_args' after 'callback'\)"):
+        read_checkpoint(path)
+    assert not (tmp_path / "it-ran").exists()
+
+
+@pytest.mark.parametrize("name", ["running_mean", "num_batches_tracked"])
+def test_batch_norm_is_refused_by_name(tmp_path, name):
+    path = tmp_path / "bn.pth"
+    content = made.checkpoint(made.FLAT)
+    kind = torch.int64 if name == "num_batches_tracked" else torch.float32
+    content["network_weights"][f"encoder.stem.convs.0.norm.{name}"] = torch.zeros(1, dtype=kind)
+    torch.save(content, path)
+    with pytest.raises(TorchFileError, match="(?s)network with batch norm.*instance norm"):
+        read_checkpoint(path)
 
 
 # ------------------------------------------------------------------------------- other files
