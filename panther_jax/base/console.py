@@ -10,6 +10,14 @@ from pathlib import Path
 LOGGER = logging.getLogger("panther_jax")
 
 
+class _Stderr(logging.StreamHandler):
+    """Writes to what standard error is at that moment: a program may redirect and close it."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.stream = sys.stderr
+        super().emit(record)
+
+
 def setup_logging(*, quiet: bool = False, file: Path | None = None) -> None:
     """Log to standard error, and to ``file`` too; ``quiet`` leaves warnings only."""
     LOGGER.setLevel(logging.INFO)
@@ -17,7 +25,7 @@ def setup_logging(*, quiet: bool = False, file: Path | None = None) -> None:
     for handler in list(LOGGER.handlers):
         LOGGER.removeHandler(handler)
         handler.close()
-    stream = logging.StreamHandler(sys.stderr)
+    stream = _Stderr()
     stream.setFormatter(logging.Formatter("%(message)s"))
     stream.setLevel(logging.WARNING if quiet else logging.INFO)
     LOGGER.addHandler(stream)

@@ -13,13 +13,15 @@ import zlib
 from pathlib import Path
 from types import FrameType, ModuleType
 
+from panther_jax.base.errors import PantherError
+
 VARIABLE = "PANTHER_JAX_PLUGINS"
 HINT = f"If a file of yours adds it, name the file with --plugin FILE or in {VARIABLE}"
 _PREFIX = "panther_jax_config_"
 _ADDS = "__panther_jax_adds__"
 
 
-class PluginError(ValueError):
+class PluginError(PantherError, ValueError):
     """A plugin that cannot be loaded; the message names the file."""
 
 

@@ -8,12 +8,13 @@ from collections.abc import Callable, Sequence
 from typing import Any, Generic, TypeVar
 
 from panther_jax.base import plugins
+from panther_jax.base.errors import PantherError
 
 Thing = TypeVar("Thing")
 Added = TypeVar("Added")
 
 
-class UnknownNameError(ValueError):
+class UnknownNameError(PantherError, ValueError):
     """A name that nothing of its kind has; the message lists those there are."""
 
 

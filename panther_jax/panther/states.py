@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from panther_jax.base.errors import PlansError
+from panther_jax.base.errors import FileError
 from panther_jax.base.files import read_object
 from panther_jax.config.schema import TrainConfig
 from panther_jax.plans.plans import Plans
@@ -117,7 +117,7 @@ def _unfit(wanted: Training) -> str:
         plans = Plans.from_nnunet(
             read_object(start / "plans.json"), read_object(start / "dataset.json")
         )
-    except (PlansError, FileNotFoundError):
+    except (FileError, FileNotFoundError):
         return ""  # its reader says more, when it is read
     wrong = [
         f"{name} {getattr(plans.arch, name)}, the config has {getattr(wanted.settings.arch, name)}"

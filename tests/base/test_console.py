@@ -1,5 +1,6 @@
 """Metrics that survive a crash, durations, tables, time left."""
 
+import io
 import json
 import math
 
@@ -43,6 +44,16 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
         pass
     assert json.loads(path.read_text()) == {"a": 1}
     assert [p.name for p in tmp_path.iterdir()] == ["run.json"]
+
+
+def test_log_lines_go_where_standard_error_is_now(monkeypatch, capsys):
+    closed = io.StringIO()
+    monkeypatch.setattr(console.sys, "stderr", closed)
+    console.setup_logging()
+    monkeypatch.undo()
+    closed.close()
+    console.LOGGER.info("a line")
+    assert capsys.readouterr().err == "a line\n"
 
 
 def test_durations_and_tables():
