@@ -13,7 +13,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "panther_jax"
 MODULES = sorted(PACKAGE.rglob("*.py"))
-MAX_FILE_LINES, MAX_FUNCTION_LINES, MAX_TRAIN_LINES = 600, 60, 450
+MAX_FILE_LINES, MAX_FUNCTION_LINES, MAX_TRAIN_LINES = 600, 60, 260
 
 # A room imports only rooms that stand before it; the faces beside them import any, and each other.
 ROOMS = (
@@ -25,8 +25,9 @@ JAX_FREE_ROOMS = ROOMS[: ROOMS.index("network")]
 JAX_FREE = (
     "config", "predict", "evaluate", "preprocess", "planning", "datasets", "stages",
     "report", "postprocess", "bundle", "inference.tiles", "inference.export", "inference.folder",
-    "inference.loading", "training.launch", "training.workdir", "training.data",
-    "training.signals", "training.provenance", "panther.chain", "panther.archives",
+    "inference.loading", "training.session", "training.workdir", "training.data",
+    "training.signals", "training.provenance", "training.options", "training.dry_run",
+    "panther.chain", "panther.archives",
     "panther.configurations", "panther.roi", "panther.runner", "panther.recipe",
 )  # fmt: skip
 LAZY = {"SimpleITK", "grain", "tyro", "matplotlib", "skimage", "orbax", "safetensors", "rich"}

@@ -6,6 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+Fold = int | Literal["all"]
+"""A fold of a data set's split by its number, or all cases."""
+
 DOWNLOADS = {
     901: "download Zenodo record 15192302 (PANTHER) and convert it with "
     "`python -m panther_jax.datasets panther --task t1`",
@@ -75,6 +78,6 @@ class Places:
         return self.root / "runs" / run_name
 
     @staticmethod
-    def fold(workdir: Path, fold: int | Literal["all"]) -> Path:
+    def fold(workdir: Path, fold: Fold) -> Path:
         """Folder of one fold in a work directory."""
         return workdir / f"fold_{fold}"

@@ -17,6 +17,7 @@ from typing import Literal
 import numpy as np
 
 from panther_jax.base.files import read_object
+from panther_jax.config import places
 from panther_jax.config.schema import ValidationConfig
 from panther_jax.images.raw_dataset import SUPPORTED_ENDINGS
 from panther_jax.images.splits import SPLITS, read_splits
@@ -46,7 +47,7 @@ class Fold:
     references: Mapping[str, Path]
 
     @property
-    def number(self) -> int | Literal["all"]:
+    def number(self) -> places.Fold:
         """The fold's number, or ``all``."""
         text = self.name.removeprefix("fold_")
         return int(text) if text.isdigit() else "all"

@@ -1,18 +1,19 @@
 """The command line of ``panther_jax.train`` but for the config's own fields."""
 
 import argparse
-from collections.abc import Callable, Sequence
+import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, TypeVar
 
 from panther_jax.base import command
+from panther_jax.config import loading
+from panther_jax.config.laptop import demo
+from panther_jax.config.loading import ConfigSource
+from panther_jax.config.places import Fold
+from panther_jax.config.schema import ConfigError, TrainConfig
 
 EXAMPLE = "python -m panther_jax.train --config mri_t2.py --demo"
-
-Fold = int | Literal["all"]
-TrainFold = Callable[..., str]
-Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -21,6 +22,7 @@ class Options:
 
     fold: Fold
     root: Path
+    config: str = ""
     workdir: Path | None = None
     raw: Path | None = None
     store: Path | None = None
@@ -35,6 +37,8 @@ class Options:
     coordinator: str | None = None
     num_processes: int | None = None
     process_id: int | None = None
+    quiet: bool = False
+    debug: bool = False
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -69,7 +73,7 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
+def parse(argv: Sequence[str]) -> tuple[Options, list[str]]:
     """Split a command line into the options here and the config's ``--section.field`` overrides."""
     given = command.normalized(argv)
     wants_help = any(a in ("-h", "--help") for a in given)
@@ -87,4 +91,28 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
         parser.error(f"--config is required, e.g. {EXAMPLE}")
     if arguments.fold != "all" and not arguments.fold.isdigit():
         parser.error(f"--fold must be a number or all, found {arguments.fold!r}")
-    return arguments, rest
+    fold = "all" if arguments.fold == "all" else int(arguments.fold)
+    names = {f.name for f in dataclasses.fields(Options)}
+    given = {k: v for k, v in vars(arguments).items() if k in names}
+    return Options(**{**given, "fold": fold}), rest
+
+
+def resolve(options: Options, overrides: Sequence[str]) -> tuple[TrainConfig, ConfigSource]:
+    """The config of a command line: file, then ``--demo``, then ``--init``, then overrides.
+
+    Raises:
+        UsageError: if there is no such file, or it holds no such config.
+    """
+    try:
+        settings, source = loading.load_config(options.config)
+        if options.demo:
+            settings = demo(settings)
+        if options.init is not None:
+            bundle = None if options.init == "none" else options.init
+            settings = dataclasses.replace(
+                settings, init=dataclasses.replace(settings.init, bundle=bundle)
+            )
+        settings = loading.apply_overrides(settings, overrides, prog="python -m panther_jax.train")
+    except (ConfigError, FileNotFoundError) as error:
+        raise command.UsageError(str(error)) from error
+    return settings, source

@@ -35,7 +35,8 @@ def record(folder: Path, entries: dict[str, Any]) -> None:
     write_json(path, {**known, **entries})
 
 
-def _provenance(settings: TrainConfig, source: ConfigSource, options: Options) -> dict[str, Any]:
+def provenance(settings: TrainConfig, source: ConfigSource, options: Options) -> dict[str, Any]:
+    """What is known of a session when it starts: versions, device, command, config, seed."""
     packages = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
     return {
         "panther_jax": panther_jax.__version__,
