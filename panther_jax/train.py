@@ -36,7 +36,7 @@ from panther_jax.training.records import Clock, MetricsFile, read_metrics
 from panther_jax.training.resident import AnyBatch
 from panther_jax.training.sampling import TRAIN_STREAM, fold_code
 from panther_jax.training.step import Task, compiled_steps, make_task, seed_key
-from panther_jax.training.validation import cases_to_validate, validate_checkpoints
+from panther_jax.training.validation import validate_fold
 from panther_jax.training.workdir import open_workdir
 from panther_jax.weights.bundle import params_sha256
 from panther_jax.weights.checkpoint import Checkpoints, Counters, TrainState, abstract
@@ -94,19 +94,12 @@ def train_fold(
     elif not loop.checkpoints.steps("final"):
         loop.checkpoints.save("final", state, counters)
     provenance.record(folder, {"params_sha256": params_sha256(state.params)})
-    task, checkpoints = loop.task, loop.checkpoints
-    template = abstract(state)
+    checkpoints, template, axes = loop.checkpoints, abstract(state), loop.task.patch.mirror_axes
     del loop, state  # the cases and the state make room for predicting
-    tables = validate_checkpoints(
-        store,
-        task.net,
-        checkpoints,
-        template,
-        folder,
-        settings=config.validation,
-        mirror_axes=task.patch.mirror_axes,
-        case_ids=cases_to_validate(fold_cases(store, fold)[1], config.validation.cases),
-    )
+    tables = validate_fold(
+        config, store, folder, fold=fold, checkpoints=checkpoints, template=template,
+        mirror_axes=axes,
+    )  # fmt: skip
     seconds = round(time.monotonic() - start)
     provenance.record(folder, {"finished": True, "seconds_last_session": seconds})
     return tables

@@ -13,7 +13,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "panther_jax"
 MODULES = sorted(PACKAGE.rglob("*.py"))
-MAX_FILE_LINES, MAX_FUNCTION_LINES, MAX_TRAIN_LINES = 600, 60, 260
+MAX_FILE_LINES, MAX_FUNCTION_LINES, MAX_TRAIN_LINES = 600, 60, 250
 
 # A room imports only rooms that stand before it; the faces beside them import any, and each other.
 ROOMS = (

@@ -18,15 +18,18 @@ from panther_jax.base.console import Progress as LogProgress
 from panther_jax.base.console import table
 from panther_jax.base.errors import CheckpointError
 from panther_jax.base.files import read_json, write_json
-from panther_jax.config.schema import ValidationConfig
+from panther_jax.config.places import Fold
+from panther_jax.config.schema import TrainConfig, ValidationConfig
 from panther_jax.devices import mesh, processes
 from panther_jax.evaluation import metrics
 from panther_jax.images import imageio
 from panther_jax.images.merging import TASK1_CASE
 from panther_jax.inference import export
-from panther_jax.inference.sliding_window import Predictor, make_predictor
-from panther_jax.network.unet import Net, apply
+from panther_jax.inference.building import Settings, build_predictor
+from panther_jax.inference.sliding_window import Predictor
+from panther_jax.plans.plans import Plans
 from panther_jax.reporting import pictures
+from panther_jax.store.folds import fold_cases
 from panther_jax.store.store import Store, StoredCase, read_stored
 from panther_jax.weights.checkpoint import Checkpoints, TrainState
 
@@ -167,30 +170,40 @@ def _overlay(
     )
 
 
-def validate_checkpoints(
+def fold_predictor(
+    plans: Plans, settings: ValidationConfig, *, dtype: str, mirror_axes: tuple[int, ...]
+) -> Predictor:
+    """What predicts the validation cases of a fold; ``mirror_axes`` are those training flips."""
+    return build_predictor(
+        plans,
+        Settings(dtype=dtype),
+        mirror_axes=mirror_axes if settings.mirror else (),
+        step_size=settings.step_size,
+    )
+
+
+def validate_fold(
+    config: TrainConfig,
     store: Store,
-    net: Net,
-    checkpoints: Checkpoints,
-    template: TrainState,
     folder: Path,
     *,
-    settings: ValidationConfig,
+    fold: Fold,
+    checkpoints: Checkpoints,
+    template: TrainState,
     mirror_axes: tuple[int, ...],
-    case_ids: Sequence[str],
 ) -> str:
-    """Validate cases with each checkpoint asked for, into ``folder/validation_<name>``.
+    """Validate with each checkpoint asked for, into ``folder/validation_<name>``.
 
-    Returns the tables of Dice as text.
+    ``template`` has the shapes of the checkpoints. Returns the tables of Dice as text.
 
     Raises:
         CheckpointError: if a checkpoint is missing.
+        ValueError: if no case is left to validate.
     """
-    predict = make_predictor(
-        lambda params, x: apply(net, params, x, full_only=True)[0],
-        tile=store.plans.patch_size,
-        num_outputs=net.arch.num_outputs,
-        mirror_axes=mirror_axes if settings.mirror else (),
-        step_size=settings.step_size,
+    settings = config.validation
+    case_ids = cases_to_validate(fold_cases(store, fold)[1], settings.cases)
+    predict = fold_predictor(
+        store.plans, settings, dtype=config.loop.compute_dtype, mirror_axes=mirror_axes
     )
     parts = []
     for name in settings.checkpoints:
