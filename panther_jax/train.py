@@ -225,11 +225,7 @@ def _stop_or_save(loop: Loop, clock: Clock, done: int) -> tuple[bool, bool]:
 
 
 def _end_epoch(
-    loop: Loop,
-    state: TrainState,
-    counters: Counters,
-    batches: Iterator[AnyBatch],
-    clock: Clock,
+    loop: Loop, state: TrainState, counters: Counters, batches: Iterator[AnyBatch], clock: Clock
 ) -> Counters:
     """Validate online, write the epoch's row and picture, save the best; the new counters."""
     step = functools.partial(loop.validation_step, state.params)
