@@ -22,6 +22,7 @@ from panther_jax.config.places import Fold
 from panther_jax.config.schema import TrainConfig, ValidationConfig
 from panther_jax.devices import mesh, processes
 from panther_jax.evaluation import metrics
+from panther_jax.evaluation.scoring import Scoring, score_maps
 from panther_jax.images import imageio
 from panther_jax.images.merging import TASK1_CASE
 from panther_jax.inference import export
@@ -135,20 +136,15 @@ def _score(store: Store, case: StoredCase, logits: np.ndarray, folder: Path) -> 
     path = folder / f"{case.id}{store.dataset['file_ending']}"
     imageio.write_label(path, prediction, geometry)
     reference, _ = imageio.read_label(store.reference(case.id))
-    counts = metrics.label_counts(
-        reference, prediction, [c for _, c in store.labels.classes], store.labels.ignore_id
-    )
+    scoring = Scoring(label=metrics.scored_label(store.labels), labels=store.labels)
+    scores = score_maps(reference, prediction, scoring, geometry=geometry)
     entry = {
-        "metrics": counts,
+        "metrics": scores.counts,
         "prediction_file": str(path),
         "reference_file": str(store.reference(case.id)),
     }
-    _, tumor = metrics.scored_label(store.labels)
-    scores = metrics.panther_case(
-        np.isin(reference, tumor), np.isin(prediction, tumor), spacing_zyx=geometry.spacing_zyx
-    )
-    overlay = _overlay(case, logits, store, counts)
-    return _Scored(entry, {"subject": case.id, **scores}, overlay)
+    overlay = _overlay(case, logits, store, scores.counts)
+    return _Scored(entry, {"subject": case.id, **scores.panther}, overlay)
 
 
 def _overlay(
