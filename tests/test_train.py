@@ -326,7 +326,6 @@ def test_twenty_steps_compile_once(store, smoke, tmp_path, monkeypatch, residenc
         return traced
 
     monkeypatch.setattr(step_module, "make_train_step", counted)
-    monkeypatch.setattr(train, "make_train_step", counted)
     length = {"epochs": 4, "steps_per_epoch": 5, "steps_per_call": per_call}
     config = with_fields(smoke, {"resident": residence}, **length)
     folder = trained(config, store, tmp_path / "fold_0")
