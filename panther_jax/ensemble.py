@@ -98,8 +98,6 @@ def _store(fold: Fold, missing: Sequence[str], store: Path | None) -> Path:
 
 
 def _compute(fold: Fold, case_ids: Sequence[str], checkpoint: CheckpointName, folder: Path) -> None:
-    from panther_jax.inference import sliding_window
-    from panther_jax.network import unet
     from panther_jax.training import validation
     from panther_jax.weights import models
 
@@ -108,13 +106,8 @@ def _compute(fold: Fold, case_ids: Sequence[str], checkpoint: CheckpointName, fo
     loaded = models.load_model(fold.run, folds=(str(fold.number),), checkpoint=checkpoint)
     dtype = read_object(fold.run / "config.json")["loop"]["compute_dtype"]
     _require_same_grid(store, loaded.plans, fold.run)
-    net = unet.build(loaded.plans.arch, unet.Execution.auto(dtype))
-    predict = sliding_window.make_predictor(
-        lambda params, x: unet.apply(net, params, x, full_only=True)[0],
-        tile=loaded.plans.patch_size,
-        num_outputs=net.arch.num_outputs,
-        mirror_axes=loaded.mirror_axes if settings.mirror else (),
-        step_size=settings.step_size,
+    predict = validation.fold_predictor(
+        loaded.plans, settings, dtype=dtype, mirror_axes=loaded.mirror_axes
     )
     label = f"{fold.run.name} {fold.name}: predicting case"
     with (

@@ -240,22 +240,20 @@ def train(
     Raises:
         ValueError, RuntimeError, OSError: naming what is wrong and what to do.
     """
+    from panther_jax.config.loading import load_config
     from panther_jax.config.places import Places
     from panther_jax.config.schema import ConfigError
-    from panther_jax.training import launch
     from panther_jax.training.options import Options
 
-    train_fold = importlib.import_module("panther_jax.train").train_fold
+    trainer = importlib.import_module("panther_jax.train")
     given = {"workdir": workdir, "raw": raw, "store": store}
     places = {name: None if value is None else Path(value) for name, value in given.items()}
-    chosen = Options(fold=fold, root=Path(root), **places, **options)
+    chosen = Options(fold=fold, root=Path(root), config=str(config), **places, **options)
     try:
-        settings, source = launch.resolve(str(config), _arguments(overrides or {}), chosen)
+        trainer.train(chosen, _arguments(overrides or {}))
     except SystemExit:  # what parses the overrides has told why
         raise ConfigError(f"overrides {dict(overrides or {})} do not fit the config") from None
-    launch.require_known(settings)
-    launch.execute(train_fold, settings, source, chosen, quiet=False)
-    name = source.run_name + ("_demo" if chosen.demo else "")
+    name = load_config(chosen.config)[1].run_name + ("_demo" if chosen.demo else "")
     return Places.fold(chosen.workdir or Places(chosen.root).run(name), fold)
 
 

@@ -16,7 +16,7 @@ from panther_jax import train
 from panther_jax.config.loading import load_config
 from panther_jax.devices.mesh import make_mesh
 from panther_jax.store.store import open_store
-from panther_jax.training import feeding, launch, options
+from panther_jax.training import feeding, options, session
 
 
 @pytest.fixture(scope="module")
@@ -66,9 +66,9 @@ def test_batches_do_not_depend_on_threads(store, threads, prefetch, resident):
 def test_the_option_for_reproducible_sums_on_a_gpu(monkeypatch, capsys):
     config = settings(1)
     monkeypatch.setenv("XLA_FLAGS", "--xla_x=1")
-    launch._set_up_jax(config, deterministic=False)
+    session.set_up_jax(config, deterministic=False)
     assert os.environ["XLA_FLAGS"] == "--xla_x=1"
-    launch._set_up_jax(config, deterministic=True)
+    session.set_up_jax(config, deterministic=True)
     assert os.environ["XLA_FLAGS"] == "--xla_x=1 --xla_gpu_deterministic_ops=true"
     with pytest.raises(SystemExit):
         options.parse(["--help"])

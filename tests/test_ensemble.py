@@ -276,7 +276,7 @@ def test_missing_probabilities_are_computed_from_the_checkpoint(tmp_path, capsys
 
     from panther_jax.config.loading import load_config
     from panther_jax.config.places import Places
-    from panther_jax.inference import members, sliding_window
+    from panther_jax.inference import members
     from panther_jax.network import unet
     from panther_jax.store.folds import fold_cases
     from panther_jax.training import data, validation, workdir
@@ -294,10 +294,8 @@ def test_missing_probabilities_are_computed_from_the_checkpoint(tmp_path, capsys
     state = TrainState(jnp.zeros((), jnp.int32), params, {"none": jnp.zeros(1)})
     Checkpoints(run / "fold_0" / "checkpoints").save("final", state, Counters())
     fold = run / "fold_0" / "validation_final"
-    predict = sliding_window.make_predictor(
-        lambda p, x: unet.apply(net, p, x, full_only=True)[0],
-        tile=store.plans.patch_size,
-        num_outputs=net.arch.num_outputs,
+    predict = validation.fold_predictor(
+        store.plans, config.validation, dtype="float32", mirror_axes=()
     )
     validation.validate(store, fold_cases(store, 0)[1], predict, params, fold)
     before = {p.name: p.read_bytes() for p in fold.iterdir()}

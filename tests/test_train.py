@@ -25,7 +25,7 @@ from panther_jax.network import unet
 from panther_jax.panther import states
 from panther_jax.panther.cases import TASK2_CASE
 from panther_jax.store.folds import fold_cases
-from panther_jax.training import feeding, launch, sampling, signals, validation
+from panther_jax.training import feeding, sampling, signals, validation
 from panther_jax.training import step as step_module
 from panther_jax.training.data import prepare_store
 from panther_jax.training.options import Options
@@ -330,7 +330,6 @@ def test_twenty_steps_compile_once(store, smoke, tmp_path, monkeypatch, residenc
         return traced
 
     monkeypatch.setattr(step_module, "make_train_step", counted)
-    monkeypatch.setattr(train, "make_train_step", counted)
     length = {"epochs": 4, "steps_per_epoch": 5, "steps_per_call": per_call}
     config = with_fields(smoke, {"resident": residence}, **length)
     folder = trained(config, store, tmp_path / "fold_0")
@@ -353,10 +352,24 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_step(
     monkeypatch.setattr(sampling.BatchSource, "__getitem__", broken)
     folder = tmp_path / "fold_0"
     with pytest.raises(
-        train.TrainingError, match=r"(?s)loss.* of step 2 is not finite.*--optim.lr"
+        signals.TrainingError, match=r"(?s)loss.* of step 2 is not finite.*--optim.lr"
     ):
         trained(with_fields(smoke, steps_per_call=per_call), store, folder)
     assert Checkpoints(folder / "checkpoints").steps("latest") == ()
+
+
+def test_a_first_step_that_lacks_memory_is_named_with_its_cure(store, smoke, tmp_path, monkeypatch):
+    """A program may compile and still find no memory when it first runs."""
+
+    def exhausted(*_arguments):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 1 byte")
+
+    monkeypatch.setattr(
+        train, "compile_step", lambda loop, _state: dataclasses.replace(loop, train_step=exhausted)
+    )
+    with pytest.raises(signals.TrainingError, match="not enough device memory .*--data.batch-size"):
+        trained(with_fields(smoke), store, tmp_path / "fold_0")
+    assert Checkpoints(tmp_path / "fold_0" / "checkpoints").steps("latest") == ()
 
 
 def test_devices_share_the_batch_and_agree(store, smoke):
@@ -428,10 +441,11 @@ def test_six_steps_equal_three_and_three_with_a_kill_between(raw, tmp_path):
 @pytest.fixture
 def run_main(monkeypatch, capsys):
     monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(train, "train_fold", lambda *_args, **_kwargs: "trained")
 
     def run(*arguments):
         try:
-            code = launch.main(lambda *_args, **_kwargs: "trained", [str(a) for a in arguments])
+            code = train.main([str(a) for a in arguments])
         except SystemExit as stop:
             code = stop.code
         out, err = capsys.readouterr()

@@ -22,8 +22,9 @@ from panther_jax.images.imageio import read_label
 from panther_jax.network import unet
 from panther_jax.store.folds import fold_cases
 from panther_jax.store.store import read_stored
-from panther_jax.training import feeding, launch, signals
+from panther_jax.training import feeding, signals
 from panther_jax.training.data import prepare_store
+from panther_jax.training.dry_run import describe
 from panther_jax.training.options import Options
 from panther_jax.training.records import read_metrics
 from panther_jax.training.step import make_task, make_train_step, seed_key
@@ -187,5 +188,5 @@ def test_a_config_that_mixes_axes_is_refused_by_name(config):
 def test_the_dry_run_of_a_planar_config_counts_its_memory(tmp_path):
     settings, _ = load_config("mri_t2_2d")
     assert settings.data.patch_size == (320, 320) and settings.init.bundle is None
-    text = launch.describe(settings, Options(0, tmp_path), Places(tmp_path), tmp_path / "run")
+    text = describe(settings, Options(0, tmp_path), Places(tmp_path), tmp_path / "run")
     assert "parameters      105,918,322" in text and "about 5." in text

@@ -5,6 +5,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+Fold = int | Literal["all"]
+"""A fold of a data set's split by its number, or all cases."""
+
 HOW_TO_START = (
     "Import them with `python -m weight_conversion.import_nnunet`, train the stage that makes them"
 )
@@ -68,6 +71,6 @@ class Places:
         return self.root / "runs" / run_name
 
     @staticmethod
-    def fold(workdir: Path, fold: int | Literal["all"]) -> Path:
+    def fold(workdir: Path, fold: Fold) -> Path:
         """Folder of one fold in a work directory."""
         return workdir / f"fold_{fold}"

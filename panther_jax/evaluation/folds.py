@@ -12,13 +12,13 @@ import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 
 from panther_jax.base.errors import PantherError
 from panther_jax.base.files import read_object
 from panther_jax.base.folds import FOLD_ALL, choose_folds
+from panther_jax.config import places
 from panther_jax.config.schema import CheckpointName, ValidationConfig
 from panther_jax.images.formats import image_ending
 from panther_jax.images.splits import SPLITS, read_splits
@@ -51,7 +51,7 @@ class Fold:
     references: Mapping[str, Path]
 
     @property
-    def number(self) -> int | Literal["all"]:
+    def number(self) -> places.Fold:
         """The fold's number, or ``all``."""
         text = self.name.removeprefix("fold_")
         return int(text) if text.isdigit() else "all"

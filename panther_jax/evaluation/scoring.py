@@ -14,6 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from jaxtyping import Integer
+
 import panther_jax
 from panther_jax.base import workers
 from panther_jax.base.errors import PantherError
@@ -30,6 +33,7 @@ from panther_jax.evaluation.folds import (
 from panther_jax.evaluation.metrics import Preset, SpacingOrder
 from panther_jax.images import imageio
 from panther_jax.images.geometry import check_geometry
+from panther_jax.plans.geometry import Geometry
 from panther_jax.plans.labels import Labels, LabelValue
 
 FORMAT = "panther_jax.evaluation/1"
@@ -138,11 +142,39 @@ def score_case(files: CaseFiles, scoring: Scoring) -> CaseScore:
         paths=(prediction_path, reference_path),
         **tolerances,
     )
+    scores = score_maps(reference, prediction, scoring, geometry=geometry, files=files)
+    return CaseScore(files, scores.panther, scores.fold_panther, scores.counts)
+
+
+@dataclass(frozen=True)
+class MapScores:
+    """The scores of a label map; ``fold_panther`` are those that enter the results by fold."""
+
+    panther: dict[str, float]
+    fold_panther: dict[str, float]
+    counts: dict[str, dict[str, float | int]]
+
+
+def score_maps(
+    reference: Integer[np.ndarray, "z y x"],
+    prediction: Integer[np.ndarray, "z y x"],
+    scoring: Scoring,
+    *,
+    geometry: Geometry,
+    files: CaseFiles | None = None,
+) -> MapScores:
+    """Score a label map on the grid of its reference: evaluation and validation both do so.
+
+    Raises:
+        EvaluationError: naming the file of ``files`` that holds a label that is not declared.
+        ValueError: if a preset does not accept the prediction's values.
+    """
     # Scored on a box: one voxel wider than the labels, so that background is in it, if anywhere.
     box = _wider(metrics.bounding_box(reference, prediction), reference.shape)
     cut = reference[box], prediction[box]
     pairs = metrics.count_pairs(*cut).extended(reference.size)
-    _require_declared(files, pairs, scoring.labels)
+    if files is not None:
+        _require_declared(files, pairs, scoring.labels)
 
     def panther(preset: Preset) -> dict[str, float]:
         masks = metrics.foreground_masks(*cut, preset=preset, label=scoring.label[1])
@@ -155,10 +187,11 @@ def score_case(files: CaseFiles, scoring: Scoring) -> CaseScore:
         )
 
     pooled = panther(scoring.preset)
-    by_fold = scoring.fold_preset != scoring.preset and files.fold is not None
+    by_fold = files is not None and files.fold is not None
+    another = by_fold and scoring.fold_preset != scoring.preset
     ignore_id = None if scoring.labels is None else scoring.labels.ignore_id
     counts = metrics.class_metrics(pairs, [v for _, v in scoring.classes], ignore_id)
-    return CaseScore(files, pooled, panther(scoring.fold_preset) if by_fold else pooled, counts)
+    return MapScores(pooled, panther(scoring.fold_preset) if another else pooled, counts)
 
 
 def _wider(box: tuple[slice, ...], shape: tuple[int, ...]) -> tuple[slice, ...]:

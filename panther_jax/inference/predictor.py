@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import numpy as np
@@ -21,13 +21,9 @@ from panther_jax.devices.mesh import AXES, replicate, split_patches
 from panther_jax.ensembles.combination import decide
 from panther_jax.images.imageio import write_label
 from panther_jax.inference import export, strategies
+from panther_jax.inference.building import Settings, build_predictor, network_forward
 from panther_jax.inference.members import PREPROCESSING, Ensemble
-from panther_jax.inference.sliding_window import (
-    Place,
-    default_tile_batch,
-    host_bytes,
-    make_predictor,
-)
+from panther_jax.inference.sliding_window import default_tile_batch, host_bytes
 from panther_jax.inference.tiles import padded_size, tile_starts
 from panther_jax.network.unet import Execution, Net, apply
 from panther_jax.plans.geometry import Geometry, Properties
@@ -45,24 +41,6 @@ Progress = Callable[[int, int], None]
 
 class ImageError(PantherError, ValueError):
     """An image that the model cannot predict."""
-
-
-@dataclass(frozen=True)
-class Settings:
-    """How to compute, as opposed to what: results differ by rounding only.
-
-    ``dtype`` is that of the convolutions; "auto" is float32 on CPU, bfloat16 on accelerators.
-    ``accumulate`` "reference" adds tiles and folds up in float16 as nnU-Net does. Only
-    ``whole_volume`` changes what is computed: one tile of the image's size, split over the devices;
-    normalisation then sees the whole image, as it did not in training.
-    """
-
-    strategy: Literal["auto", "vmap", "scan", "loop", "shard"] = "auto"
-    dtype: str = "auto"
-    accumulate: Literal["float32", "reference"] = "float32"
-    accumulate_on: Place = "auto"
-    tile_batch: int | None = None
-    whole_volume: bool = False
 
 
 @dataclass(frozen=True)
@@ -214,15 +192,14 @@ class CasePredictor:
         return self._make(index, tile, batch, arranged.forward), arranged.parameter_sets
 
     def _make(self, index: int, tile: tuple[int, ...], batch: int, forward: Any) -> Any:
-        member, settings = self.ensemble.members[index], self.settings
-        return make_predictor(
-            forward,
-            tile=tile,
-            num_outputs=member.model.plans.arch.num_outputs,
+        member = self.ensemble.members[index]
+        return build_predictor(
+            member.model.plans,
+            self.settings,
             mirror_axes=member.mirror_axes,
             step_size=member.step_size,
-            accumulate=settings.accumulate,
-            accumulate_on=settings.accumulate_on,
+            forward=forward,
+            tile=tile,
             tile_batch=batch,
         )
 
@@ -240,10 +217,9 @@ class CasePredictor:
 
     def _forward(self, plans: Plans) -> Any:
         """The network as a function; one for each architecture, so that it compiles once."""
-        net = Net(plans.arch, Execution.auto(self.settings.dtype))
-        if net not in self._forwards:
-            self._forwards[net] = lambda params, x: apply(net, params, x, full_only=True)[0]
-        return self._forwards[net]
+        if plans.arch not in self._forwards:
+            self._forwards[plans.arch] = network_forward(plans.arch, self.settings.dtype)
+        return self._forwards[plans.arch]
 
     def _num_tiles(self, index: int, image: np.ndarray) -> int:
         member = self.ensemble.members[index]

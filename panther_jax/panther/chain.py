@@ -25,8 +25,8 @@ from panther_jax.panther.states import (
     store_state,
     training_state,
 )
-from panther_jax.training import launch
 from panther_jax.training.options import Options
+from panther_jax.training.settings import resolve
 from panther_jax.weights.names import named_start
 
 NAME = "cascade"
@@ -285,8 +285,10 @@ class _Graph:
         key = (spec, start)
         if key not in self._settings:
             init = SCRATCH if start is None else str(start)
-            options = Options(fold="all", root=self.plan.root, init=init, demo=self.plan.demo)
-            self._settings[key] = launch.resolve(spec, self._overrides(stage), options)[0]
+            options = Options(
+                fold="all", root=self.plan.root, config=spec, init=init, demo=self.plan.demo
+            )
+            self._settings[key] = resolve(options, self._overrides(stage))[0]
         return self._settings[key]
 
     def _overrides(self, stage: Stage) -> tuple[str, ...]:

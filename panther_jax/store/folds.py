@@ -1,18 +1,18 @@
 """The cases of a store that a fold trains and validates on."""
 
 import logging
-from typing import Literal
 
 import numpy as np
 
 from panther_jax.base.errors import StoreError
+from panther_jax.config.places import Fold
 from panther_jax.images.splits import SPLIT_SEED, Split, make_splits, read_splits
 from panther_jax.store.store import Store
 
 logger = logging.getLogger("panther_jax")
 
 
-def fold_cases(store: Store, fold: int | Literal["all"]) -> Split:
+def fold_cases(store: Store, fold: Fold) -> Split:
     """Give the training and validation case ids of a fold (spec 02 §5).
 
     ``all`` trains and validates on every case; a fold beyond the split file draws 80 % at random.

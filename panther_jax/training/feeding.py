@@ -9,6 +9,7 @@ from typing import Any, Literal
 import jax
 
 from panther_jax.base.console import announced
+from panther_jax.config.places import Fold
 from panther_jax.config.schema import ConfigError, TrainConfig
 from panther_jax.devices import memory, processes
 from panther_jax.devices import mesh as mesh_module
@@ -59,7 +60,7 @@ class Streams:
 def make_streams(
     config: TrainConfig,
     store: Store,
-    fold: int | Literal["all"],
+    fold: Fold,
     *,
     initial_patch: tuple[int, ...],
     mesh: jax.sharding.Mesh,

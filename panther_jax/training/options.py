@@ -1,18 +1,15 @@
 """The command line of ``panther_jax.train`` but for the config's own fields."""
 
 import argparse
-from collections.abc import Callable, Sequence
+import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, TypeVar
 
 from panther_jax.base import command
+from panther_jax.config.places import Fold
 
 EXAMPLE = "python -m panther_jax.train --config mri_t2.py --demo"
-
-Fold = int | Literal["all"]
-TrainFold = Callable[..., str]
-Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -21,6 +18,7 @@ class Options:
 
     fold: Fold
     root: Path
+    config: str = ""
     workdir: Path | None = None
     raw: Path | None = None
     store: Path | None = None
@@ -36,6 +34,8 @@ class Options:
     coordinator: str | None = None
     num_processes: int | None = None
     process_id: int | None = None
+    quiet: bool = False
+    debug: bool = False
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -75,7 +75,7 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
+def parse(argv: Sequence[str]) -> tuple[Options, list[str]]:
     """Split a command line into the options here and the config's ``--section.field`` overrides."""
     given = command.normalized(argv)
     wants_help = any(a in ("-h", "--help") for a in given)
@@ -93,4 +93,7 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
         parser.error(f"--config is required, e.g. {EXAMPLE}")
     if arguments.fold != "all" and not arguments.fold.isdigit():
         parser.error(f"--fold must be a number or all, found {arguments.fold!r}")
-    return arguments, rest
+    fold = "all" if arguments.fold == "all" else int(arguments.fold)
+    names = {f.name for f in dataclasses.fields(Options)}
+    given = {k: v for k, v in vars(arguments).items() if k in names}
+    return Options(**{**given, "fold": fold}), rest

@@ -49,7 +49,10 @@ def beginning(
     }
 
 
-def _provenance(settings: TrainConfig, source: ConfigSource, options: Options) -> dict[str, Any]:
+def provenance(
+    settings: TrainConfig, source: ConfigSource, options: Options, store: Store
+) -> dict[str, Any]:
+    """What is known of a session when it starts: versions, device, command, config, seed."""
     packages = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
     return {
         "panther_jax": panther_jax.__version__,
@@ -65,6 +68,8 @@ def _provenance(settings: TrainConfig, source: ConfigSource, options: Options) -
         "seed": settings.loop.seed,
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "finished": False,
+        "store": str(store.folder.resolve()),
+        "raw": None if options.raw is None else str(options.raw.resolve()),
     }
 
 

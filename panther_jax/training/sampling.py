@@ -13,6 +13,7 @@ from typing import Any, Generic, Literal, Protocol, TypeVar, runtime_checkable
 import numpy as np
 from jaxtyping import Float, Int
 
+from panther_jax.config.places import Fold
 from panther_jax.store.compressed import CompressedArray
 
 TRAIN_STREAM, VALIDATION_STREAM, INIT_STREAM = 0, 1, 2
@@ -43,7 +44,7 @@ class Draws(Protocol):
     def integers(self, low: int, high: int, /) -> Any: ...  # noqa: D102
 
 
-def fold_code(fold: int | Literal["all"]) -> int:
+def fold_code(fold: Fold) -> int:
     """The number that stands for a fold in random keys."""
     return FOLD_ALL if fold == "all" else fold
 

@@ -9,6 +9,10 @@ from panther_jax.base.errors import PantherError
 # ------------------------------------------------------------------------------------- signals
 
 
+class TrainingError(PantherError, RuntimeError):
+    """Training cannot go on; the message says from where."""
+
+
 class LostProcess(PantherError, RuntimeError):
     """Another process of the run died."""
 
@@ -27,6 +31,13 @@ class StopRequest:
         """Install the handlers."""
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
             signal.signal(number, self._handle)
+
+    def asked(self, *, late: bool) -> tuple[bool, bool]:
+        """Whether to stop, and whether to save now, if it is ``late``: as all processes say."""
+        from panther_jax.devices import processes
+
+        stop, save = processes.any_process(bool(self.by), late)
+        return stop, save or stop
 
     @staticmethod
     def after_training() -> None:

@@ -13,6 +13,7 @@ from jaxtyping import Array, Key
 
 from panther_jax.augment import policies
 from panther_jax.config.schema import ConfigError, TrainConfig
+from panther_jax.devices.compiler import compiled
 from panther_jax.devices.mesh import split_patches
 from panther_jax.network import unet
 from panther_jax.plans.labels import Labels
@@ -27,6 +28,7 @@ class Task:
     """What the steps of a run have in common: network, loss, optimiser, augmentation.
 
     ``split`` lays patches out over the devices; a patch is augmented whole and split after.
+    ``patch`` says how large they are cut for it, and which axes it flips.
     """
 
     net: unet.Net
@@ -34,6 +36,7 @@ class Task:
     loss_fn: Callable[[tuple[Array, ...], tuple[Array, ...]], Array]
     split: Callable[[Array], Array]
     augment: Callable[..., tuple[Array, Array]]
+    patch: policies.PatchGeometry
     optimizer: optax.GradientTransformation
     clip_norm: float
     deep_supervision: bool
@@ -117,6 +120,13 @@ def make_validation_step(
     return validation_step
 
 
+def compiled_steps(task: Task, steps_per_call: int) -> tuple[Any, Any]:
+    """The training step, of one or several updates, and the validation step, as JAX programs."""
+    make_step = make_train_steps if steps_per_call > 1 else make_train_step
+    train_step = compiled(make_step(task), donate_argnums=0)
+    return train_step, compiled(make_validation_step(task))
+
+
 def make_task(
     config: TrainConfig, store: Store, execution: unet.Execution, mesh: jax.sharding.Mesh
 ) -> Task:
@@ -149,6 +159,7 @@ def make_task(
             ),
             mesh,
         ),
+        patch=policies.patch_geometry(config.augment.policy, plans.patch_size),
         optimizer=optim.make_optimizer(config.optim, schedule),
         clip_norm=config.optim.clip_norm,
         deep_supervision=config.loss.deep_supervision,

@@ -19,14 +19,18 @@ from panther_jax.base.console import Progress as LogProgress
 from panther_jax.base.console import table
 from panther_jax.base.errors import CheckpointError
 from panther_jax.base.files import read_json, write_json, writing
-from panther_jax.config.schema import ValidationConfig
+from panther_jax.config.places import Fold
+from panther_jax.config.schema import TrainConfig, ValidationConfig
 from panther_jax.devices import mesh, processes
 from panther_jax.evaluation import metrics
+from panther_jax.evaluation.scoring import Scoring, score_maps
 from panther_jax.images import imageio
 from panther_jax.inference import export
-from panther_jax.inference.sliding_window import Predictor, make_predictor
-from panther_jax.network.unet import Net, apply
+from panther_jax.inference.building import Settings, build_predictor
+from panther_jax.inference.sliding_window import Predictor
+from panther_jax.plans.plans import Plans
 from panther_jax.reporting import pictures
+from panther_jax.store.folds import fold_cases
 from panther_jax.store.store import Store, StoredCase, in_memory, read_stored
 from panther_jax.weights.checkpoint import Checkpoints, TrainState
 
@@ -131,20 +135,15 @@ def _score(store: Store, case: StoredCase, logits: np.ndarray, folder: Path) -> 
     path = folder / f"{case.id}{store.dataset['file_ending']}"
     imageio.write_label(path, prediction, geometry)
     reference, _ = imageio.read_label(store.reference(case.id))
-    counts = metrics.label_counts(
-        reference, prediction, [c for _, c in store.labels.classes], store.labels.ignore_id
-    )
+    scoring = Scoring(label=metrics.scored_label(store.labels), labels=store.labels)
+    scores = score_maps(reference, prediction, scoring, geometry=geometry)
     entry = {
-        "metrics": counts,
+        "metrics": scores.counts,
         "prediction_file": str(path),
         "reference_file": str(store.reference(case.id)),
     }
-    _, tumor = metrics.scored_label(store.labels)
-    scores = metrics.panther_case(
-        np.isin(reference, tumor), np.isin(prediction, tumor), spacing_zyx=geometry.spacing_zyx
-    )
-    overlay = _overlay(case, logits, store, counts)
-    return _Scored(entry, {"subject": case.id, **scores}, overlay)
+    overlay = _overlay(case, logits, store, scores.counts)
+    return _Scored(entry, {"subject": case.id, **scores.panther}, overlay)
 
 
 def _overlay(
@@ -166,31 +165,42 @@ def _overlay(
     )
 
 
-def validate_checkpoints(
+def fold_predictor(
+    plans: Plans, settings: ValidationConfig, *, dtype: str, mirror_axes: tuple[int, ...]
+) -> Predictor:
+    """What predicts the validation cases of a fold; ``mirror_axes`` are those training flips."""
+    return build_predictor(
+        plans,
+        Settings(dtype=dtype),
+        mirror_axes=mirror_axes if settings.mirror else (),
+        step_size=settings.step_size,
+    )
+
+
+def validate_fold(
+    config: TrainConfig,
     store: Store,
-    net: Net,
-    checkpoints: Checkpoints,
-    template: TrainState,
     folder: Path,
     *,
-    settings: ValidationConfig,
+    fold: Fold,
+    checkpoints: Checkpoints,
+    template: TrainState,
     mirror_axes: tuple[int, ...],
-    case_ids: Sequence[str],
-    trained_on: Sequence[str] = (),
 ) -> str:
-    """Validate cases with each checkpoint asked for, into ``folder/validation_<name>``.
+    """Validate with each checkpoint asked for, into ``folder/validation_<name>``.
 
-    Returns the tables of Dice as text, which say how many cases are of those ``trained_on``.
+    ``template`` has the shapes of the checkpoints. Returns the tables of Dice as text, which
+    say how many of the cases the fold was trained on.
 
     Raises:
         CheckpointError: if a checkpoint is missing.
+        ValueError: if no case is left to validate.
     """
-    predict = make_predictor(
-        lambda params, x: apply(net, params, x, full_only=True)[0],
-        tile=store.plans.patch_size,
-        num_outputs=net.arch.num_outputs,
-        mirror_axes=mirror_axes if settings.mirror else (),
-        step_size=settings.step_size,
+    settings = config.validation
+    trained_on, held_out = fold_cases(store, fold)
+    case_ids = cases_to_validate(held_out, settings.cases)
+    predict = fold_predictor(
+        store.plans, settings, dtype=config.loop.compute_dtype, mirror_axes=mirror_axes
     )
     parts = []
     for name in settings.checkpoints:

@@ -158,8 +158,8 @@ class Checkpoints:
             restored = manager.restore(
                 step,
                 args=ocp.args.Composite(
-                    params=ocp.args.StandardRestore(_abstract(template.params)),
-                    opt_state=ocp.args.StandardRestore(_abstract(template.opt_state)),
+                    params=ocp.args.StandardRestore(abstract(template.params)),
+                    opt_state=ocp.args.StandardRestore(abstract(template.opt_state)),
                     meta=ocp.args.JsonRestore(),
                 ),
             )
@@ -239,7 +239,8 @@ def _read_item_json(folder: Any) -> Any:
     return ocp.JsonCheckpointHandler().restore(folder)
 
 
-def _abstract(tree: Any) -> Any:
+def abstract(tree: Any) -> Any:
+    """Shapes, types and shardings of a tree: what :meth:`Checkpoints.restore` wants of one."""
     return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding), tree)
 
 

@@ -17,8 +17,8 @@ from panther_jax.panther import stages as stage_table
 from panther_jax.panther.chain import Plan, Step
 from panther_jax.panther.states import State
 from panther_jax.store.identity import store_identity
-from panther_jax.training import launch
 from panther_jax.training.options import Options
+from panther_jax.training.settings import resolve
 
 DONE = State("done")
 
@@ -173,8 +173,10 @@ def test_overrides_reach_every_training_and_demo_shortens_the_last_stages(tmp_pa
 
 def training(root, *, spec="mri_t2.py", start=None, overrides=(), fold="0"):
     """A fold in demo size as the chain wants it, and a store for it."""
-    options = Options(fold=0, root=root, init=str(start) if start else "none", demo=True)
-    settings, _ = launch.resolve(spec, overrides, options)
+    options = Options(
+        fold=0, root=root, config=spec, init=str(start) if start else "none", demo=True
+    )
+    settings, _ = resolve(options, overrides)
     store = root / "store"
     write(store / "dataset.json", {"numTraining": 1})
     return states.Training(root / "runs" / "r" / f"fold_{fold}", settings, start, store)

@@ -15,9 +15,9 @@ from panther_jax.config.places import Places
 from panther_jax.config.schema import ConfigError
 from panther_jax.planner.from_config import plans_from_config
 from panther_jax.store.store import open_store
-from panther_jax.training import launch
 from panther_jax.training.data import planned, prepare_store
 from panther_jax.training.options import Options
+from panther_jax.training.settings import resolve
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +44,7 @@ def plans_file(raw, tmp_path_factory):
 
 
 def resolved(*overrides, **options):
-    settings, _ = launch.resolve("smoke", overrides, Options(fold=0, **options))
+    settings, _ = resolve(Options(fold=0, config="smoke", **options), overrides)
     return settings
 
 
@@ -71,7 +71,9 @@ def test_plans_decide_all_but_the_recipe(plans_file, tmp_path):
 
 def test_the_store_is_made_by_the_plans_and_options_outweigh_them(plans_file, raw, tmp_path):
     options = Options(0, tmp_path, raw=raw, from_plans=f"{plans_file}:wide")
-    settings, _ = launch.resolve("smoke", ["--data.patch-size", "8", "16"], options)
+    settings, _ = resolve(
+        dataclasses.replace(options, config="smoke"), ["--data.patch-size", "8", "16"]
+    )
     store = prepare_store(settings, options, Places(tmp_path))
     assert store.folder.name == "MyPlans_wide"
     assert store.plans.patch_size == (8, 16) and store.plans.arch.norm_eps == 1e-3
@@ -118,7 +120,9 @@ def test_a_run_keeps_the_plans_that_it_trained_by(plans_file, raw, tmp_path):
     from panther_jax.training.workdir import open_workdir
 
     options = Options(0, tmp_path, store=store.folder, from_plans="store")
-    settings, _ = launch.resolve("smoke", ["--data.patch-size", "8", "8"], options)
+    settings, _ = resolve(
+        dataclasses.replace(options, config="smoke"), ["--data.patch-size", "8", "8"]
+    )
     found = prepare_store(settings, options, Places(tmp_path))
     open_workdir(tmp_path / "run", tmp_path / "run" / "fold_0", settings, found, options)
     kept = json.loads((tmp_path / "run" / "plans.json").read_text())
