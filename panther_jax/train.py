@@ -113,8 +113,7 @@ def train_fold(
 class Loop:
     """Everything the loop works with besides the state.
 
-    ``folder`` is where metrics and pictures go: the fold's folder, or where nobody looks for all
-    processes but the first.
+    ``folder`` takes metrics and pictures: the fold's, or of other processes one nobody looks at.
     """
 
     config: TrainConfig
