@@ -165,7 +165,7 @@ class Records:
         return State("stale", why) if why else State("same")
 
     def _otherwise(self, task: Task, entry: Mapping[str, Any]) -> str:
-        before = self._makers.get(entry.get("maker"), {})
+        before = self._makers.get(str(entry.get("maker")), {})
         if changed := differences(before, self.maker):
             return f"it was made otherwise ({', '.join(changed)} differ)"
         if entry.get("writes", {}) != task.writes:
