@@ -123,16 +123,16 @@ def _tell_of_others(
 ) -> None:
     """Name the images that are left out, and say why."""
     endings = sorted({split_ending(p.name)[1] for p in chosen})
-    for why, paths in (
-        ("is a prediction made by an earlier call, and no input",
+    for level, why, paths in (
+        (logging.INFO, "is a prediction made by an earlier call, and no input",
          [p for p in found if split_ending(p.name)[1] and p not in files]),
-        (f"is left out: images that end in {', '.join(endings)} are taken",
+        (logging.WARNING, f"is left out: images that end in {', '.join(endings)} are taken",
          [p for p in files if p not in chosen]),
     ):  # fmt: skip
         for path in paths[:MAX_LISTED]:
-            LOGGER.warning("%s in %s %s", readable(path.name), readable(str(source)), why)
+            LOGGER.log(level, "%s in %s %s", readable(path.name), readable(str(source)), why)
         if len(paths) > MAX_LISTED:
-            LOGGER.warning("... and %d more", len(paths) - MAX_LISTED)
+            LOGGER.log(level, "... and %d more", len(paths) - MAX_LISTED)
 
 
 def _beside_scans(tasks: Sequence[Task]) -> list[Task]:

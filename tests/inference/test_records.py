@@ -424,7 +424,7 @@ def test_a_named_output_with_no_room_for_its_record(box, load):
 
 def test_what_is_left_out_is_named(box, load, monkeypatch):
     said = []
-    monkeypatch.setattr(LOGGER, "warning", lambda text, *a: said.append(text % a))
+    monkeypatch.setattr(LOGGER, "log", lambda level, text, *a: said.append(text % a))
     write_scan(box / "in/e_0000.nii", (9, 10, 8))
     (box / "in/l_0000.nii.gz").symlink_to("/nowhere")
     report = predict_folder(load(), box / "in", box / "new")
