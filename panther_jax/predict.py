@@ -11,7 +11,7 @@ from panther_jax.config.schema import CHECKPOINTS
 from panther_jax.ensembles.specification import read_ensemble
 from panther_jax.images import dicom_tasks
 from panther_jax.images.dicom_tasks import DicomOptions
-from panther_jax.inference.folder import PredictError, predict_folder
+from panther_jax.inference.folder import PredictError, check_places, predict_folder
 from panther_jax.inference.loading import DTYPES, STRATEGIES, load, predict
 from panther_jax.library import Face
 from panther_jax.weights.names import published_checkpoint, resolve_model
@@ -63,7 +63,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--whole-volume", action="store_true", help=whole_help)
     add("--tile-batch", type=int, metavar="N", help="tiles in one call of the network")
     add("--save-probabilities", action="store_true", help="also .npz, .pkl (for nnU-Net), .json")
-    add("--overwrite", action="store_true", help="predict again what is there")
+    add("--overwrite", action="store_true", help="replace what is there, but never an input")
     return parser
 
 
@@ -96,6 +96,7 @@ def _run(arguments: argparse.Namespace) -> str:
 
     if arguments.list_series:
         return dicom_tasks.list_series(arguments.input)
+    check_places(arguments.input, arguments.output)
     compiler.use_compilation_cache()
     if arguments.ensemble is not None:
         model: Any = read_ensemble(arguments.ensemble)

@@ -171,15 +171,21 @@ def test_an_ensemble_file_is_read(old):
     assert spec.combine == "probabilities" and spec.decision.kind == "argmax"
 
 
-def test_label_maps_are_there_already(old):
-    """A second call goes on where version 0.1 stopped: nothing is left to predict."""
+def test_label_maps_without_records_are_not_trusted(old):
+    """Version 0.1 kept no records: what lacks is predicted, what is there is refused by name."""
     before = {p: p.read_bytes() for p in Path("predictions").glob("*.mha")}
     Path("predictions/case_1.mha").unlink()
     where = ["--input", str(RAW / "imagesTr"), "--output", "predictions", "--quiet"]
+    assert predict.main(["--model", str(RUN), *where]) == 1
+    record = json.loads(Path("predictions/predict.json").read_text())
+    assert list(record["done"]) == ["case_1"] and record["skipped"] == []
+    assert set(record["failed"]) == {"case_0", "case_2"}
+    assert all("no record says what made it" in text for text in record["failed"].values())
+    assert all(p.read_bytes() == b for p, b in before.items() if p.stem != "case_1")
+    assert predict.main(["--model", str(RUN), *where, "--overwrite"]) == 0
     assert predict.main(["--model", str(RUN), *where]) == 0
     record = json.loads(Path("predictions/predict.json").read_text())
-    assert list(record["done"]) == ["case_1"] and record["skipped"] == ["case_0", "case_2"]
-    assert all(p.read_bytes() == b for p, b in before.items() if p.stem != "case_1")
+    assert record["skipped"] == ["case_0", "case_1", "case_2"]
 
 
 def test_postprocessing_is_replayed(old):

@@ -98,7 +98,8 @@ def test_one_file_to_one_file(predictor, tmp_path):
     scan = write_scan(tmp_path / "patient.mha")
     report = predict_folder(predictor, scan, tmp_path / "o" / "found.nii.gz")
     assert list(report.done) == ["patient"]
-    assert [p.name for p in (tmp_path / "o").iterdir()] == ["found.nii.gz"]
+    names = sorted(p.name for p in (tmp_path / "o").iterdir())
+    assert names == ["found.nii.gz", "found.nii.gz.predict.json"]
     label, geometry = imageio.read_label(tmp_path / "o" / "found.nii.gz")
     expected, theirs = imageio.read_image([scan])
     assert geometry.shape_zyx == theirs.shape_zyx

@@ -15,6 +15,7 @@ from panther_jax.base.errors import CheckpointError, FileError, MissingError, Wr
 
 TEMPORARY = ".tmp"
 STALE_SECONDS = 3600.0
+MAX_NAME_BYTES = 200  # of what the name of a temporary folder begins with
 
 # ------------------------------------------------------------------------------------- writing
 
@@ -41,7 +42,9 @@ class Writing:
 
     def beside(self, path: Path) -> Path:
         """Where to write what becomes ``path``; it has the same name."""
-        folder = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}{TEMPORARY}")
+        # Cut, for a name may have 255 bytes.
+        start = os.fsdecode(os.fsencode(path.name)[:MAX_NAME_BYTES])
+        folder = path.with_name(f".{start}.{uuid.uuid4().hex[:12]}{TEMPORARY}")
         temporary = folder / path.name
         self._written.append((temporary, path))
         folder.mkdir(parents=True)

@@ -2,7 +2,7 @@
 
 import hashlib
 import logging
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,10 +11,11 @@ from jaxtyping import Float32, Integer
 
 import panther_jax
 from panther_jax.images import dicom_files, dicom_seg, dicom_series, imageio, rtstruct
-from panther_jax.images.cases import Task, split_ending
+from panther_jax.images.cases import Task
 from panther_jax.images.dicom_files import DicomError
 from panther_jax.images.dicom_objects import ModelDescription
 from panther_jax.images.dicom_series import Series
+from panther_jax.images.endings import split_ending
 from panther_jax.images.raw_dataset import RawCase
 from panther_jax.plans.geometry import Geometry
 from panther_jax.plans.labels import Labels
@@ -63,9 +64,26 @@ class DicomTask(Task):
         return {f: folder / f"{self.stem}{ENDINGS[f]}" for f in self.writing.formats}
 
     @property
-    def is_done(self) -> bool:
-        """Whether all its outputs are there."""
-        return all(path.is_file() for path in self.outputs.values())
+    def key(self) -> str:
+        """What the record of its outputs is kept under."""
+        return self.case.id
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """The files of its label map, one a format."""
+        return tuple(self.outputs.values())
+
+    @property
+    def sources(self) -> dict[str, tuple[Path, ...]]:
+        """Its slices together; names of files may tell a patient's name, and are kept out."""
+        return {"series": self.case.images}
+
+    @property
+    def writes(self) -> dict[str, object]:
+        """What changes its files beside the label map in them: whether they name the patient."""
+        assert self.writing is not None, "made with what it writes"
+        told = any(name != "nifti" for name in self.writing.formats)
+        return {"anonymous": self.writing.anonymous} if told else {}
 
     def read(self) -> tuple[Float32[np.ndarray, "channel z y x"], Geometry]:
         """The series' voxels and grid."""
@@ -78,11 +96,16 @@ class DicomTask(Task):
         write_outputs(label, self.series, self.writing, self.outputs)
 
 
-def holds_dicom(source: Path) -> bool:
-    """Tell whether a source is a DICOM file, or a folder of such and of no other image files."""
+def holds_dicom(source: Path, made: Collection[str] = ()) -> bool:
+    """Tell whether a source is a DICOM file, or a folder of such and of no other image files.
+
+    Files named in ``made`` are predictions of earlier calls, and do not count.
+    """
     if source.is_file():
         return not split_ending(source.name)[1] and dicom_files.is_dicom(source)
-    if not source.is_dir() or any(split_ending(p.name)[1] for p in source.iterdir()):
+    if not source.is_dir() or any(
+        split_ending(p.name)[1] and p.name not in made for p in source.iterdir()
+    ):
         return False
     return any(dicom_files.is_dicom(path) for path in dicom_files.all_files(source))
 

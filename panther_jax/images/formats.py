@@ -4,11 +4,13 @@ A format is one entry of :data:`FORMATS`, found by the ending of the file's name
 one. The package's own are ITK's, read by SimpleITK and checked for what ITK does not say.
 """
 
+import contextlib
 import functools
 import math
 import struct
+import tempfile
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -88,20 +90,34 @@ def _read_itk(
     # ITK's own warnings (rounded NIfTI directions) go to stderr past Python; errors still raise.
     sitk.ProcessObject.SetGlobalWarningDisplay(False)
     reader = sitk.ImageFileReader()
-    reader.SetFileName(str(path))
     try:
-        reader.ReadImageInformation()
-        _require_scalar_3d(reader, path)
-        if require_whole is not None:
-            voxel = sitk.Image([1, 1], reader.GetPixelID()).GetSizeOfPixelComponent()
-            require_whole(path, math.prod(reader.GetSize()) * voxel)
-        image = reader.Execute()
+        with _name_for_itk(path) as name:
+            reader.SetFileName(str(name))
+            reader.ReadImageInformation()
+            _require_scalar_3d(reader, path)
+            if require_whole is not None:
+                voxel = sitk.Image([1, 1], reader.GetPixelID()).GetSizeOfPixelComponent()
+                require_whole(path, math.prod(reader.GetSize()) * voxel)
+            image = reader.Execute()
         num_lost = 0 if count_lost is None else count_lost(path)
     except (RuntimeError, OSError, EOFError, struct.error, zlib.error) as error:
         raise DatasetError(_unreadable(path, str(error))) from None
     if num_lost:
         raise not_finite(path, num_lost, math.prod(image.GetSize()))
     return _with_geometry(sitk.GetArrayFromImage(image), image, path)
+
+
+@contextlib.contextmanager
+def _name_for_itk(path: Path) -> Iterator[Path]:
+    """A name that ITK takes: it knows ``.nii.gz``, but not ``.NII.GZ``."""
+    ending = image_ending(path.name)
+    if ending == ending.lower():
+        yield path
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        link = Path(folder, f"image{ending.lower()}")
+        link.symlink_to(path.absolute())
+        yield link
 
 
 def _with_geometry(array: np.ndarray, image: Any, path: Path) -> tuple[np.ndarray, Geometry]:

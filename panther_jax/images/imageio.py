@@ -8,8 +8,9 @@ import numpy as np
 from jaxtyping import Float32, Integer, Num
 
 from panther_jax.base.errors import DatasetError
-from panther_jax.base.files import writing
+from panther_jax.base.files import move, writing
 from panther_jax.images import formats
+from panther_jax.images.endings import lowered, require_utf8
 from panther_jax.images.geometry import _numbers, geometry_differences
 from panther_jax.plans.geometry import Geometry
 
@@ -64,7 +65,7 @@ def read_label(
         _require_finite(array, path)
         broken = array != np.rint(array)
         if broken.any():
-            examples = ", ".join(f"{v:g}" for v in np.unique(array[broken])[:5])
+            examples = ", ".join(str(v) for v in np.unique(array[broken])[:5])
             raise DatasetError(
                 f"{path}: {int(broken.sum())} label voxels are not whole numbers ({examples}, ...)"
                 "\n  Labels are integers; was the map resampled with interpolation? Redo it with "
@@ -106,6 +107,7 @@ def _read_array(path: Path) -> tuple[np.ndarray, Geometry]:
     """The voxels of a file, as they are stored but with three axes, and their geometry."""
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist or is not a file")
+    require_utf8(path)
     twin = path.with_name(path.name.removesuffix(".gz"))
     if twin != path and twin.exists():
         # Known of ITK's NIfTI reader: it takes the voxels of the uncompressed file.
@@ -174,12 +176,15 @@ def write_image(path: Path, image: Num[np.ndarray, "z y x"], geometry: Geometry)
 
 def _write(path: Path, array: np.ndarray, geometry: Geometry) -> None:
     path = Path(path)
+    require_utf8(path)
     if array.shape != geometry.shape_zyx:
         raise DatasetError(
             f"{path}: array of shape {array.shape}, geometry of shape {geometry.shape_zyx} (z y x)"
         )
     try:
         with writing(path) as temporary:
-            formats.find_format(path).write(temporary, array, geometry)
+            written = temporary.with_name(lowered(path.name))
+            formats.find_format(path).write(written, array, geometry)
+            move(written, temporary)
     except RuntimeError as error:
         raise DatasetError(f"{path}: cannot be written: {error}".splitlines()[0]) from error

@@ -14,6 +14,7 @@ from jaxtyping import Float32, Integer
 
 from panther_jax.base.errors import DatasetError
 from panther_jax.base.files import read_json
+from panther_jax.images.endings import lowered, readable, split_ending
 from panther_jax.images.formats import FORMATS
 from panther_jax.images.geometry import check_geometry
 from panther_jax.images.imageio import label_values, read_image, read_label
@@ -110,7 +111,8 @@ def scan_raw(folder: Path) -> tuple[RawDataset, Problems]:
     else:
         ending = str(dataset["file_ending"])
         cases, problems = _scan(folder / "imagesTr", ending, folder / "labelsTr")
-    problems |= _case_problems(cases, len(_channel_names(dataset)))
+    listed = bool(dataset.get("dataset"))
+    problems |= _case_problems(cases, len(_channel_names(dataset)), listed=listed)
     if not cases and not problems:
         problems = {"imagesTr": ("holds no training case",)}
     return RawDataset(folder, dataset, labels, cases), problems
@@ -235,26 +237,41 @@ def _scan(
 ) -> tuple[tuple[RawCase, ...], Problems]:
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder} is not a folder; expected CASE_0000{ending} there")
-    pattern = re.compile(rf"(.+)_(\d\d\d\d){re.escape(ending)}")
+    pattern = re.compile(rf"(.+)_(\d\d\d\d){re.escape(ending)}", re.IGNORECASE)
+    given = {} if label_folder is None else _by_lowered_name(label_folder)
     files: dict[str, list[Path]] = {}
     problems = {}
     for path in sorted(folder.iterdir()):
-        if path.name.startswith(".") or not path.name.endswith(ending):
+        if path.name.startswith(".") or not path.name.lower().endswith(ending.lower()):
             continue  # hidden: half-written files and the leavings of macOS
         match = pattern.fullmatch(path.name)
         if match:
             files.setdefault(match[1], []).append(path)
         else:
-            stem = path.name.removesuffix(ending)
-            problems[path.name] = (f"no channel number; rename it to {stem}_0000{ending}",)
+            stem = readable(path.name[: -len(ending)])
+            text = f"no channel number; rename it to {stem}_0000{ending}"
+            problems[readable(path.name)] = (text,)
     cases = tuple(
-        RawCase(case_id, tuple(files[case_id]), label_folder and label_folder / (case_id + ending))
+        RawCase(
+            case_id,
+            tuple(files[case_id]),
+            label_folder
+            and given.get(lowered(case_id + ending), label_folder / (case_id + ending)),
+        )
         for case_id in sorted(files)
     )
     return cases, problems
 
 
-def _case_problems(cases: Sequence[RawCase], num_channels: int) -> Problems:
+def _by_lowered_name(folder: Path) -> dict[str, Path]:
+    """Files by their names with the ending in lower case; one that has it so comes first."""
+    files = sorted(folder.iterdir()) if folder.is_dir() else []
+    return {lowered(p.name): p for p in sorted(files, key=lambda p: p.name == lowered(p.name))}
+
+
+def _case_problems(
+    cases: Sequence[RawCase], num_channels: int, *, listed: bool = False
+) -> Problems:
     problems = {}
     for case in cases:
         found = [f"missing image {p}" for p in case.images if not p.is_file()]
@@ -263,12 +280,25 @@ def _case_problems(cases: Sequence[RawCase], num_channels: int) -> Problems:
         names = [p.name for p in case.images]
         if len(names) != num_channels:
             found.append(f"{len(names)} channels {names}, expected {num_channels}")
-        numbers = [int(m[1]) for m in (re.search(r"_(\d{4})\.", n) for n in names) if m]
-        if len(numbers) == num_channels and numbers != list(range(num_channels)):
+        numbers = channel_numbers(names, case.id)
+        # Listed files may have any name: only channels in the wrong order show.
+        expected = list(range(num_channels))
+        counted = sorted(numbers) == expected if listed else len(numbers) == num_channels
+        if counted and numbers != expected:
             found.append(f"channel numbers {numbers}, expected 0 to {num_channels - 1}")
         if found:
             problems[case.id] = tuple(found)
     return problems
+
+
+def channel_numbers(names: Sequence[str], case_id: str) -> list[int]:
+    """Channel numbers of the files named ``CASE_0000`` after their case; others have none.
+
+    A file of another name, as ``dataset`` in dataset.json may list it, may well end in digits.
+    """
+    stems = [split_ending(name)[0] for name in names]
+    found = [re.fullmatch(re.escape(case_id) + r"_(\d{4})", stem) for stem in stems]
+    return [int(match[1]) for match in found if match]
 
 
 def _raise_all(problems: Mapping[str, Sequence[str]], title: str) -> None:

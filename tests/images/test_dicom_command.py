@@ -74,11 +74,13 @@ def test_from_the_command_line_in_all_formats(bundle, tmp_path, capsys, caplog):
     dataset = pydicom.dcmread(f"{stem}.rtstruct.dcm")
     weights = params_sha256(load_model(bundle).params[0])
     assert weights in dataset.StructureSetDescription and dataset.PatientID == made.NUMBER
-    # done is done; what lacks one of its files is not
+    # done is done; what lacks one of its files, or names the patient where it must not, is not
     (tmp_path / "out" / f"series_{codes[0]}.seg.dcm").unlink()
-    options = DicomOptions(("1.2.3.4.5", "2"), dicom_tasks.FORMATS, anonymous=True)
-    again = predict_folder(predictor, tmp_path / "in", tmp_path / "out", dicom=options)
-    assert (list(again.done), again.skipped) == ([f"series_{codes[0]}"], [f"series_{codes[1]}"])
+    for anonymous, both in ((False, False), (True, True)):
+        options = DicomOptions(("1.2.3.4.5", "2"), dicom_tasks.FORMATS, anonymous=anonymous)
+        again = predict_folder(predictor, tmp_path / "in", tmp_path / "out", dicom=options)
+        assert set(again.done) == {f"series_{c}" for c in codes[: 1 + both]}
+        assert again.skipped == [f"series_{c}" for c in codes[1 + both : 2]]
     assert b"ller" not in (tmp_path / "out" / f"series_{codes[0]}.seg.dcm").read_bytes()
 
 
