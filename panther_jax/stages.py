@@ -30,8 +30,8 @@ def _parser() -> argparse.ArgumentParser:
         EXAMPLE,
     )
     add = parser.add_argument
-    tasks = [stage.name for stage in stages().values() if not stage.imported]
-    add("--task", choices=tasks, required=True, help="the stage to reach")
+    tasks = ", ".join(stage.name for stage in stages().values() if not stage.imported)
+    add("--task", metavar="STAGE", required=True, help=f"the stage to reach: {tasks}")
     add("--name", default=NAME, help="begins the names of the chain's runs (default: %(default)s)")
     add(
         "--root", type=Path, default=Path("data"), help="root of raw, store, weights, runs (./data)"

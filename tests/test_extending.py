@@ -44,7 +44,7 @@ def command(folder, name, *arguments, code=0):
 
 def test_every_example_of_the_page_is_run_here():
     text = Path(__file__).read_text(encoding="utf-8")
-    assert len(EXAMPLES) == PAGE.count("```python") == 6
+    assert len(EXAMPLES) == PAGE.count("```python") == 7
     assert all(text.count(name) for name in EXAMPLES)
 
 
@@ -175,3 +175,22 @@ assert np.abs(np.asarray(mine - unet.apply(usual, params, x)[0])).max() > 1e-3
     run(folder, "-c", f"import sys; sys.path.insert(0, {str(ROOT / 'tests')!r})\n{code}")
     shown = command(folder, "train", "--config", "my_net.py", "--dry-run")
     assert '"network": "CompressedUNet"' in shown
+
+
+def test_a_stage(folder):
+    make_raw(folder / "data" / "raw" / "Dataset001_Mine", num_cases=5)
+    refused = command(folder, "stages", "--task", "liver", "--dry-run", code=1)
+    assert "liver" in refused and "t2" in refused
+    shown = command(
+        folder,
+        "stages",
+        "--plugin",
+        "my_stage.py",
+        "--task",
+        "liver",
+        "--name",
+        "mine",
+        "--dry-run",
+    )
+    assert "my_stage" in shown and "fold_1" in shown and "fold_2" not in shown
+    assert "ct_pancreas" in shown and "mri_t1" not in shown

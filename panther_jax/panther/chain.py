@@ -15,7 +15,7 @@ from pathlib import Path
 from panther_jax.config import loading
 from panther_jax.config.places import Places
 from panther_jax.config.schema import ConfigError, DataConfig, TrainConfig
-from panther_jax.panther.stages import HandedOn, Stage, stages
+from panther_jax.panther.stages import STAGES, HandedOn, Stage, stages
 from panther_jax.panther.states import (
     Bundled,
     State,
@@ -169,7 +169,7 @@ def _starts(plan: Plan) -> Mapping[str, str]:
 
 def _require_known(plan: Plan) -> None:
     if plan.task not in stages():
-        raise ConfigError(f"there is no stage {plan.task!r}; there are: {', '.join(stages())}")
+        raise ConfigError(STAGES.unknown(plan.task))
     if plan.stage.imported:
         raise ConfigError(f"stage {plan.task} is imported, not trained: {plan.stage.imported}")
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9.-]*", plan.name):

@@ -1,11 +1,14 @@
 """The stages of the challenge's method as a table: what each trains, from what, and hands on.
 
-A new stage is one row here and a config; the chain and its runner know no stage by name.
+A new stage is one row here and a config; the chain and its runner know no stage by name. A user's
+file adds a row to :data:`STAGES`.
 """
 
 from dataclasses import dataclass
 from typing import Literal
 
+from panther_jax.base import plugins
+from panther_jax.base.registry import Registry
 from panther_jax.panther import downloads
 
 Checkpoint = Literal["final", "best"]
@@ -105,7 +108,15 @@ _ROWS = (
 )
 """The published chain is multitalent, ct, t1, t2; task 1 has six members (spec 03 §7.7)."""
 
+STAGES: Registry[Stage] = Registry(
+    "stage",
+    remedy=f"{plugins.HINT}; panther_jax.panther.stages.STAGES.add('NAME')(Stage(...)) adds one",
+)
+"""The table by name; a stage stands after the one that it starts from."""
+for _row in _ROWS:
+    STAGES.add(_row.name)(_row)
+
 
 def stages() -> dict[str, Stage]:
     """The table by name, each stage after the one that it starts from."""
-    return {row.name: row for row in _ROWS}
+    return {name: STAGES.find(name) for name in STAGES.names}
