@@ -1,16 +1,20 @@
 """Cross-validation splits: which cases train and which validate (spec 02 §5)."""
 
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 
+from panther_jax.base import sources
 from panther_jax.base.errors import StoreError
 from panther_jax.base.files import read_json, write_json
 
 SPLITS = "splits_final.json"
 NUM_FOLDS = 5
 SPLIT_SEED = 12345
+
+logger = logging.getLogger("panther_jax")
 
 Split = tuple[tuple[str, ...], tuple[str, ...]]
 """Training and validation case ids."""
@@ -56,6 +60,14 @@ def read_splits(path: Path) -> tuple[Split, ...]:
         )
     if not valid:
         raise StoreError(f'{path}: expected a list of {{"train": [ids], "val": [ids]}}, one a fold')
+    for fold, entry in enumerate(value):
+        for key in ("train", "val"):
+            twice = sorted({i for i in entry[key] if entry[key].count(i) > 1})
+            if twice:
+                raise StoreError(
+                    f"{path}: fold {fold} lists the same case twice in {key!r}: "
+                    f"{sources.named(twice)}\n  Correct the file: each case once."
+                )
     return tuple((tuple(entry["train"]), tuple(entry["val"])) for entry in value)
 
 
@@ -68,9 +80,50 @@ def write_splits(raw_folder: Path, folder: Path, case_ids: Sequence[str]) -> Non
         StoreError: if the store has splits that differ from the raw dataset's.
     """
     target = folder / SPLITS
-    if copy_splits(raw_folder, folder) or target.is_file() or len(case_ids) < NUM_FOLDS:
+    if target.is_file():
+        _renew(read_splits(target), target, case_ids)
+    if not copy_splits(raw_folder, folder) and not target.is_file() and len(case_ids) >= NUM_FOLDS:
+        write_json(target, splits_to_json(make_splits(case_ids)))
+    if target.is_file():
+        _name_missing(read_splits(target), target, case_ids)
+
+
+def _all_ids(splits: Sequence[Split]) -> set[str]:
+    return {i for fold in splits for ids in fold for i in ids}
+
+
+def _renew(stored: Sequence[Split], target: Path, case_ids: Sequence[str]) -> None:
+    """Remove splits that were made here, by the law, for other cases than there are now."""
+    ids = _all_ids(stored)
+    if ids == set(case_ids) or len(ids) < NUM_FOLDS:
         return
-    write_json(target, splits_to_json(make_splits(case_ids)))
+    law = make_splits(sorted(ids))
+    same = len(law) == len(stored) and all(
+        set(a) == set(b)
+        for ours, theirs in zip(law, stored, strict=True)
+        for a, b in zip(ours, theirs, strict=True)
+    )
+    if same:
+        target.unlink()
+        logger.warning(
+            "%s: the cases changed, so the folds are made anew: runs made before used other folds, "
+            "and must not be put together with new ones",
+            target,
+        )
+
+
+def _name_missing(splits: Sequence[Split], target: Path, case_ids: Sequence[str]) -> None:
+    ids = _all_ids(splits)
+    for missing, what in (
+        (sorted(set(case_ids) - ids), "are in no fold, so they are never used"),
+        (sorted(ids - set(case_ids)), "are not in the dataset, so their folds cannot be trained"),
+    ):
+        if missing:
+            logger.warning(
+                "%s: %d case(s) %s: %s; correct the %s of the raw dataset, delete this copy, and "
+                "preprocess again",
+                *(target, len(missing), what, sources.named(missing), SPLITS),
+            )
 
 
 def copy_splits(raw_folder: Path, folder: Path) -> bool:

@@ -1,7 +1,8 @@
 """The fingerprint of a raw data set: shapes, spacings, foreground intensities (spec 02 §2)."""
 
 import json
-from collections.abc import Callable, Sequence
+import logging
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float32
 
+from panther_jax.base import sources
 from panther_jax.base.errors import DatasetError
 from panther_jax.base.files import read_object, write_text
 from panther_jax.base.workers import Failure, map_cases
@@ -16,10 +18,15 @@ from panther_jax.images.raw_dataset import Case, RawCase, RawDataset, read_case
 from panther_jax.plans.labels import Labels
 from panther_jax.preprocessing.cropping import crop_to_nonzero
 from panther_jax.store.layout import FINGERPRINT
+from panther_jax.store.sources import case_files
 
 SAMPLE_BUDGET = 10**8
 SAMPLE_SEED = 1234
 PERCENTILES = (0.5, 50.0, 99.5)
+RECORD = "sources"
+"""Key of what a fingerprint was measured on; nnU-Net's files have none."""
+
+logger = logging.getLogger("panther_jax")
 
 Progress = Callable[[str, int, int], None]
 
@@ -143,6 +150,10 @@ def dataset_fingerprint(
     path = folder / FINGERPRINT
     if path.is_file() and not clean:
         fingerprint = read_object(path)
+        if RECORD in fingerprint:
+            if not fingerprint_changes(fingerprint, raw, path):
+                return fingerprint
+            return _measured(raw, path, workers=workers, progress=progress)
         num_measured = len(fingerprint.get("spacings", ()))
         if num_measured != len(raw.cases):
             raise DatasetError(
@@ -150,7 +161,40 @@ def dataset_fingerprint(
                 "--clean to measure again"
             )
         return fingerprint
-    fingerprint = extract_fingerprint(raw, workers=workers, progress=progress)
-    folder.mkdir(parents=True, exist_ok=True)
-    write_text(path, json.dumps(fingerprint, indent=4))
+    return _measured(raw, path, workers=workers, progress=progress)
+
+
+def _measured(
+    raw: RawDataset, path: Path, *, workers: int, progress: Progress | None
+) -> dict[str, Any]:
+    fingerprint = recorded_fingerprint(raw, workers=workers, progress=progress)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_text(path, json.dumps(fingerprint, indent=4, sort_keys=True))
     return fingerprint
+
+
+def recorded_fingerprint(
+    raw: RawDataset, *, workers: int = 0, progress: Progress | None = None
+) -> dict[str, Any]:
+    """As :func:`extract_fingerprint`, with the record of the files that were measured."""
+    record = sources.to_json(sources.take_all({c.id: case_files(c) for c in raw.cases}, {}))
+    return {**extract_fingerprint(raw, workers=workers, progress=progress), RECORD: record}
+
+
+def fingerprint_changes(
+    fingerprint: Mapping[str, Any], raw: RawDataset, path: Path
+) -> sources.Changes:
+    """How the cases differ from those that a fingerprint with a record was measured on; told.
+
+    Raises:
+        FileError: if the record is damaged, or of a newer version.
+    """
+    known = sources.from_json(fingerprint[RECORD], path)
+    now = sources.take_all({case.id: case_files(case) for case in raw.cases}, known)
+    found = sources.changes(
+        {i: sources.digests(r) for i, r in known.items()},
+        {i: sources.digests(r) for i, r in now.items()},
+    )
+    if found:
+        logger.warning("%s was measured on other cases (%s): measuring again", path, found)
+    return found

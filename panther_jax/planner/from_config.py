@@ -9,7 +9,7 @@ from panther_jax.base.errors import PlansError
 from panther_jax.base.files import read_json, write_json
 from panther_jax.config.schema import TrainConfig
 from panther_jax.images.raw_dataset import RawDataset
-from panther_jax.planner.fingerprint import extract_fingerprint
+from panther_jax.planner.fingerprint import RECORD, fingerprint_changes, recorded_fingerprint
 from panther_jax.plans.architecture import ArchSpec
 from panther_jax.plans.labels import Labels
 from panther_jax.plans.plans import (
@@ -82,9 +82,11 @@ def fingerprint_if_needed(
         return None
     path = store_folder / FINGERPRINT
     if path.is_file():
-        return read_json(path)
+        kept = read_json(path)
+        if RECORD not in kept or not fingerprint_changes(kept, raw, path):
+            return kept
     logger.info("measuring the intensities of %d cases", len(raw.cases))
-    fingerprint = extract_fingerprint(raw, workers=workers)
+    fingerprint = recorded_fingerprint(raw, workers=workers)
     write_json(path, fingerprint)
     return fingerprint
 

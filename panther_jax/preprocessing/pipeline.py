@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, Float32
 
+from panther_jax.base import sources
 from panther_jax.base.errors import PantherError
 from panther_jax.base.workers import Failure, map_cases
 from panther_jax.images import splits
@@ -27,6 +28,7 @@ from panther_jax.preprocessing.label_resampling import resample_label
 from panther_jax.preprocessing.locations import class_locations
 from panther_jax.preprocessing.normalization import NORMALIZATIONS, needs_statistics, normalize
 from panther_jax.preprocessing.resampling import resample_image, target_shape
+from panther_jax.store import sources as store_sources
 from panther_jax.store import store
 from panther_jax.store.store import StoredCase
 
@@ -148,10 +150,19 @@ class _Task:
     file_ending: str
 
 
-def _preprocess_and_write(task: _Task) -> None:
+def _preprocess_and_write(task: _Task) -> sources.Record:
+    # before reading: a file that changes in between is found changed at the next look
+    record = sources.taken(store_sources.case_files(task.case))
     case = read_case(task.case, task.labels)
     stored = preprocess_case(case, task.plans, task.labels)
-    store.write_stored(task.out, stored, reference=task.case.label, file_ending=task.file_ending)
+    store.write_stored(
+        task.out,
+        stored,
+        reference=task.case.label,
+        file_ending=task.file_ending,
+        sources=sources.digests(record),
+    )
+    return record
 
 
 def preprocess(
@@ -165,15 +176,18 @@ def preprocess(
 ) -> None:
     """Fill the store ``out`` from a raw dataset; cases already there, whole, are left alone.
 
+    Cases that changed since are done again, those that are gone leave the store.
+
     ``progress`` is called with the id of a case that is done, their number, and that of all.
 
     Raises:
-        StoreError: if the store was made from other plans.
+        StoreError: if the store was made from other plans, or another dataset.
         PreprocessError: listing every broken case, after all others are done.
         WorkerError, WriteError: at once, if a worker fails or the disk is full.
     """
     _check_plans(plans)
     store.prepare_store(out, plans, raw.dataset, fingerprint=fingerprint)
+    records = store_sources.bring_up_to_date(out, raw)
     splits.write_splits(raw.folder, out, [case.id for case in raw.cases])
     tasks = [
         (case.id, _Task(case, plans, raw.labels, out, raw.file_ending))
@@ -190,8 +204,10 @@ def preprocess(
             logger.error("case %s cannot be used: %s", case_id, result.message)
             continue
         num_done += 1
+        records[case_id] = result
         if progress is not None:
             progress(case_id, num_done, num_cases)
+    store_sources.write_sources(out, records)
     if broken:
         raise PreprocessError(_all_broken(sorted(broken), num_cases))
 

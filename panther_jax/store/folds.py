@@ -30,6 +30,12 @@ def fold_cases(store: Store, fold: Fold) -> Split:
         logger.info("fold %d is not in %s: drawing 80 %% of the cases", fold, path)
         return _random_split(store.case_ids, fold)
     train, val = splits[fold]
+    empty = [name for name, ids in (("train", train), ("val", val)) if not ids]
+    if empty:
+        raise StoreError(
+            f"{path}: fold {fold} has no case in {' and '.join(empty)}\n  Name at least one there, "
+            "or train on every case with --fold all."
+        )
     missing = sorted({*train, *val} - set(store.case_ids))
     if missing:
         raise StoreError(

@@ -252,9 +252,16 @@ def _check_file(path: Path, num_bytes: int, array: Mapping[str, Any] | None) -> 
 
 
 def write_stored(
-    folder: Path, case: StoredCase, *, reference: Path | None = None, file_ending: str = ""
+    folder: Path,
+    case: StoredCase,
+    *,
+    reference: Path | None = None,
+    file_ending: str = "",
+    sources: Mapping[str, str] | None = None,
 ) -> None:
     """Write a case, with a copy of its raw label map ``reference``; all of it or nothing.
+
+    ``sources`` are digests of the files that it was made from.
 
     Raises:
         WriteError: if the disk is full or a file cannot be written.
@@ -287,7 +294,8 @@ def write_stored(
             temporary = files.beside(path)
             write(temporary)
             sizes[name] = (path.relative_to(folder), temporary.stat().st_size)
-        files.beside(json_path).write_bytes(json_bytes(_entry(case, sizes)))
+        entry = _entry(case, sizes) | ({"sources": dict(sources)} if sources else {})
+        files.beside(json_path).write_bytes(json_bytes(entry))
         # never an old JSON beside new arrays
         json_path.unlink(missing_ok=True)
 

@@ -11,6 +11,7 @@ from panther_jax.config import loading
 from panther_jax.config.schema import ConfigError, TrainConfig
 from panther_jax.plans.plans import Plans
 from panther_jax.store.store import Store
+from panther_jax.training import trained_on
 from panther_jax.training.options import Options
 
 LOGGER = logging.getLogger("panther_jax")
@@ -57,7 +58,8 @@ def open_workdir(
                 f"{plans_path} holds another architecture than the store {store.folder}; choose "
                 "another --workdir or discard it with --restart"
             )
-    folder.mkdir(parents=True, exist_ok=True)
+    allow_change = options.allow_config_change
+    trained_on.check_data(folder, store, options.fold, allow_change=allow_change)
     write_json(config_path, settings.to_json())
     write_json(plans_path, store.plans.to_nnunet())
     write_json(workdir / "dataset.json", store.dataset)
