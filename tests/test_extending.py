@@ -192,5 +192,5 @@ def test_a_stage(folder):
         "mine",
         "--dry-run",
     )
-    assert "my_stage" in shown and "fold_1" in shown and "fold_2" not in shown
+    assert "my_stage fold 1" in shown and "fold 2" not in shown
     assert "ct_pancreas" in shown and "mri_t1" not in shown
