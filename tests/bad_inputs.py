@@ -708,7 +708,7 @@ PREDICT_NOTHING = (
     ("record a list", "predict_args.json", put("out/predict_args.json", "[]")),
 )
 RUNS = (
-    ("run not finished", "no final checkpoint", gone("run/fold_0/checkpoints/final")),
+    ("run not finished", "no final checkpoint", gone("run/fold_0/checkpoints")),
     ("run config gone", "run is no model", gone("run/config.json")),
     ("run plans gone", "plans.json", gone("run/plans.json")),
     ("run plans changed", "another architecture", entry("run/dataset.json", "labels.cyst", 3)),
@@ -1028,10 +1028,10 @@ STAGES = (
     ("argument left over", "banana", None, "banana", 2),
     ("stale twice", "--keep-stale", None, "--restart-stale --keep-stale", 2),
     ("task unknown", "--task", None, "--task t9", 2),
-    ("specialist missing", "nothing.py", None, "--specialists nothing.py"),
-    ("specialist argument", "aug=banana", None, "--specialists mri_t2.py:aug=banana"),
+    ("specialist missing", "nothing.py", None, "--specialists nothing.py", 2),
+    ("specialist argument", "aug=banana", None, "--specialists mri_t2.py:aug=banana", 2),
     ("foundation missing", "gone", None, "--foundation gone", 2),
-    ("foundation not there", "foundation weights", None, "--print-commands"),
+    ("foundation not there", "weights/multitalent", None, "--print-commands"),
     ("script nowhere", "foundation", None, "--slurm {box}/no/where.sh"),
 )
 WEIGHTS = (("folder missing", "bundle.*does not exist", gone("bundle")),)

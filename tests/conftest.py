@@ -1,6 +1,7 @@
 """Test set-up: CPU, eight virtual devices, highest matmul precision; where the golden cases are."""
 
 import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -35,3 +36,11 @@ def sample_data() -> Path:
     if not folder.is_dir():
         pytest.skip(f"no sample scans at {folder} (set PANTHER_JAX_DATA)")
     return folder
+
+
+@pytest.fixture(autouse=True)
+def no_plugins_of_other_tests():
+    """What a test's config files add is not loaded by the workers of a later one."""
+    yield
+    for name in [n for n in sys.modules if n.startswith("panther_jax_config_")]:
+        del sys.modules[name]

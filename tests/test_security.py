@@ -43,9 +43,11 @@ REVIEWED = {
         "import pickle",
     ): "restricted in, plain values out",
     (
-        "panther_jax/config/loading.py",
+        "panther_jax/base/plugins.py",
         "exec_module",
-    ): "config files are Python: the user's own code",
+    ): "configs and plugins are Python: the user's own code, named by the user",
+    ("panther_jax/__init__.py", "import_module"): "modules of the package, by its own table",
+    ("panther_jax/library.py", "import_module"): "modules of the package, by their names",
     ("weight_conversion/torch_files.py", "torch.load"): "weights_only=True with a list of types",
     ("benchmarks/run.py", "import_module"): "modules of this repository, by its own table",
     ("benchmarks/harness.py", "import_module"): "modules of this repository, by its own table",

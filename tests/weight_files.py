@@ -179,7 +179,12 @@ def write_run(
 ):
     """A run as training leaves it: ``steps`` epochs of one step, with random gradients."""
     settings = TrainConfig(
-        data=DataConfig("Dataset777_Tiny", patch_size=(16, 16, 16), configuration="3d_fullres"),
+        data=DataConfig(
+            "Dataset777_Tiny",
+            patch_size=(16,) * arch.ndim,
+            spacing_mm=(1.0,) * arch.ndim,
+            configuration="3d_fullres" if arch.ndim == 3 else "2d",
+        ),
         arch=ArchConfig(
             arch.network,
             arch.features,

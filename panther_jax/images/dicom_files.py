@@ -7,6 +7,7 @@ name after patients: names and numbers of patients stay where they are.
 """
 
 import contextlib
+import locale
 import os
 import tempfile
 import threading
@@ -428,6 +429,16 @@ def _stored_bits(values: np.ndarray, dataset: Any) -> np.ndarray:
     return (values << unused) >> unused
 
 
+@contextlib.contextmanager
+def _locale_kept() -> Iterator[None]:
+    """GDCM leaves the process in the C locale, in which files of other tongues cannot be named."""
+    before = locale.setlocale(locale.LC_ALL)
+    try:
+        yield
+    finally:
+        locale.setlocale(locale.LC_ALL, before)
+
+
 def _decoded_by_itk(dataset: Any, entry: Slice) -> np.ndarray:
     """Decode by GDCM, from a file of the pixel module alone, so that no value is rescaled."""
     import SimpleITK as sitk
@@ -449,7 +460,8 @@ def _decoded_by_itk(dataset: Any, entry: Slice) -> np.ndarray:
         with silently():
             dicom.dcmwrite(path, bare, enforce_file_format=True)
         try:
-            found = sitk.GetArrayFromImage(sitk.ReadImage(str(path), imageIO="GDCMImageIO"))
+            with _locale_kept():
+                found = sitk.GetArrayFromImage(sitk.ReadImage(str(path), imageIO="GDCMImageIO"))
         except RuntimeError:
             raise _damaged(entry) from None
     if found.size != entry.size[0] * entry.size[1]:

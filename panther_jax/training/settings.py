@@ -4,7 +4,6 @@ import dataclasses
 from collections.abc import Sequence
 
 from panther_jax.base import command
-from panther_jax.base.errors import PlansError, StoreError
 from panther_jax.config import loading
 from panther_jax.config.laptop import demo
 from panther_jax.config.loading import ConfigSource
@@ -20,9 +19,13 @@ def resolve(options: Options, overrides: Sequence[str]) -> tuple[TrainConfig, Co
 
     Raises:
         UsageError: if there is no such file, or it holds no such config.
+        PlansError, StoreError, FileNotFoundError: if the plans that decide cannot be read.
     """
     try:
         settings, source = loading.load_config(options.config)
+    except (ConfigError, FileNotFoundError) as error:
+        raise command.UsageError(str(error)) from error
+    try:
         if options.demo:
             settings = demo(settings)
         settings = planned(settings, options)
@@ -33,7 +36,7 @@ def resolve(options: Options, overrides: Sequence[str]) -> tuple[TrainConfig, Co
             )
         settings = loading.apply_overrides(settings, overrides, prog="python -m panther_jax.train")
         require_known(settings)
-    except (ConfigError, PlansError, StoreError, FileNotFoundError) as error:
+    except ConfigError as error:
         raise command.UsageError(str(error)) from error
     return settings, source
 

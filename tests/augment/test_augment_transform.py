@@ -126,7 +126,9 @@ def test_an_unknown_policy_is_refused_with_the_known_ones(tmp_path):
         with pytest.raises(ValueError, match=message):
             refused()
     load_waves(tmp_path)
-    with pytest.raises(config.ConfigError, match=r"'wave'; known are default, .*, waves\. Add"):
+    with pytest.raises(
+        config.ConfigError, match=r"'wave'; known are default, .*, waves; did you mean waves\? Add"
+    ):
         config.AugmentConfig(policy="wave")
 
 

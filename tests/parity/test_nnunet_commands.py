@@ -28,7 +28,7 @@ from weight_conversion.companions import ExportError  # noqa: E402
 from weight_conversion.export_nnunet import Beside  # noqa: E402
 
 pytestmark = [pytest.mark.torch, pytest.mark.filterwarnings("ignore")]  # nnU-Net's own warnings
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 NAME, PLANS = "Dataset902_Tiny", "nnUNetResEncUNetLPlans"
 INTENSITY = "foreground_intensity_properties_per_channel"
 

@@ -9,11 +9,12 @@ import pytest
 import weight_files as made
 from record_server import Zenodo, serve
 
-from panther_jax import predict, predict_challenge, train
+from panther_jax import predict, predict_challenge
 from panther_jax.base.errors import CheckpointError
 from panther_jax.config.places import Places
 from panther_jax.images import imageio, phantom_dataset
 from panther_jax.network.unet import walk
+from panther_jax.training import starting
 from panther_jax.weights import __main__ as command
 from panther_jax.weights.checkpoint import TrainState
 from panther_jax.weights.models import load_model
@@ -95,7 +96,7 @@ def test_training_starts_from_a_name(root, tmp_path):
     assert name == "fold_all/checkpoint_best.pth"
     params = made.random_params(made.RESIDUAL, seed=9)
     fresh = TrainState(jnp.zeros((), jnp.int32), params, ())
-    state, origin = train._started_from(
+    state, origin = starting._from_bundle(
         folder, fresh, "reinit", plans=made.make_plans(made.RESIDUAL), fold=3
     )
     assert origin == {"bundle": str(folder), "fold": "all", "sha256": start.provenance["sha256"]}
