@@ -81,6 +81,8 @@ def _handed_on(given: Sequence[str]) -> dict[str, HandedOn]:
 
 
 def _run(arguments: argparse.Namespace, overrides: Sequence[str]) -> str:
+    if arguments.task not in stages():
+        raise command.UsageError(f"--task: {STAGES.unknown(arguments.task)}")
     plan = Plan(
         task=arguments.task,
         root=arguments.root,

@@ -1115,7 +1115,12 @@ TABLE: tuple[Bad, ...] = (
         "panther_jax.preprocess",
         "--raw {raw} --plans {plans}/plans.json --out {out}",
         *PREPROCESS_CASES,
-        leaves=(*HEADER, "out/case_[!1]*", "out/references/case_[!1]*"),
+        leaves=(
+            *HEADER,
+            "out/case_[!1]*",
+            "out/references/case_[!1]*",
+            "out/provenance/sources.json",
+        ),  # fmt: skip
     ),
     *(
         Bad(

@@ -1,5 +1,6 @@
 """Test set-up: CPU, eight virtual devices, highest matmul precision; where the golden cases are."""
 
+import locale
 import os
 import sys
 from pathlib import Path
@@ -36,6 +37,14 @@ def sample_data() -> Path:
     if not folder.is_dir():
         pytest.skip(f"no sample scans at {folder} (set PANTHER_JAX_DATA)")
     return folder
+
+
+@pytest.fixture(autouse=True)
+def locale_kept():
+    """GDCM, which tests use as an independent reader, leaves the process in the C locale."""
+    before = locale.setlocale(locale.LC_ALL)
+    yield
+    locale.setlocale(locale.LC_ALL, before)
 
 
 @pytest.fixture(autouse=True)

@@ -179,7 +179,7 @@ assert np.abs(np.asarray(mine - unet.apply(usual, params, x)[0])).max() > 1e-3
 
 def test_a_stage(folder):
     make_raw(folder / "data" / "raw" / "Dataset001_Mine", num_cases=5)
-    refused = command(folder, "stages", "--task", "liver", "--dry-run", code=1)
+    refused = command(folder, "stages", "--task", "liver", "--dry-run", code=2)
     assert "liver" in refused and "t2" in refused
     shown = command(
         folder,

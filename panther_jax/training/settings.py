@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Sequence
 
 from panther_jax.base import command
+from panther_jax.base.errors import PlansError
 from panther_jax.config import loading
 from panther_jax.config.laptop import demo
 from panther_jax.config.loading import ConfigSource
@@ -28,7 +29,7 @@ def resolve(options: Options, overrides: Sequence[str]) -> tuple[TrainConfig, Co
     try:
         if options.demo:
             settings = demo(settings)
-        settings = planned(settings, options)
+        settings = _planned(settings, options)
         if options.init is not None:
             bundle = None if options.init == "none" else options.init
             settings = dataclasses.replace(
@@ -39,6 +40,15 @@ def resolve(options: Options, overrides: Sequence[str]) -> tuple[TrainConfig, Co
     except ConfigError as error:
         raise command.UsageError(str(error)) from error
     return settings, source
+
+
+def _planned(settings: TrainConfig, options: Options) -> TrainConfig:
+    try:
+        return planned(settings, options)
+    except (PlansError, FileNotFoundError) as error:
+        if options.store is not None or options.from_plans is None:
+            raise  # the store is at fault, not the command line
+        raise command.UsageError(str(error)) from error
 
 
 def require_known(settings: TrainConfig) -> None:

@@ -119,12 +119,12 @@ def test_a_run_keeps_the_plans_that_it_trained_by(plans_file, raw, tmp_path):
     store = open_store(tmp_path / "store" / raw.name / "MyPlans_2d")
     from panther_jax.training.workdir import open_workdir
 
-    options = Options(0, tmp_path, store=store.folder, from_plans="store")
+    options = Options("all", tmp_path, store=store.folder, from_plans="store")
     settings, _ = resolve(
         dataclasses.replace(options, config="smoke"), ["--data.patch-size", "8", "8"]
     )
     found = prepare_store(settings, options, Places(tmp_path))
-    open_workdir(tmp_path / "run", tmp_path / "run" / "fold_0", settings, found, options)
+    open_workdir(tmp_path / "run", tmp_path / "run" / "fold_all", settings, found, options)
     kept = json.loads((tmp_path / "run" / "plans.json").read_text())
     assert kept["configurations"]["2d"]["patch_size"] == [8, 8]
     assert np.isclose(found.plans.arch.norm_eps, 1e-3)
