@@ -17,7 +17,7 @@ from panther_jax.panther.chain import (
     slurm_script,
 )
 from panther_jax.panther.runner import Running, StageError, run_steps
-from panther_jax.panther.stages import HandedOn, stages
+from panther_jax.panther.stages import STAGES, HandedOn, stages
 
 EXAMPLE = "python -m panther_jax.stages --task t2 --demo"
 
