@@ -1,6 +1,7 @@
 """The whole pipeline at toy size: it learns nothing, but stops, resumes and repeats exactly."""
 
 import dataclasses
+import importlib
 import json
 import os
 import shutil
@@ -15,7 +16,7 @@ import numpy as np
 import pytest
 from tiny import make_raw
 
-from panther_jax import bundle, train
+from panther_jax import bundle
 from panther_jax.base import files
 from panther_jax.config.loading import apply_overrides, load_config
 from panther_jax.config.places import Places
@@ -32,6 +33,8 @@ from panther_jax.training.options import Options
 from panther_jax.training.records import read_metrics
 from panther_jax.weights.bundle import load_bundle, params_sha256
 from panther_jax.weights.checkpoint import Checkpoints
+
+train = importlib.import_module("panther_jax.train")  # itself: its functions are replaced here
 
 ROOT = Path(__file__).resolve().parent.parent
 

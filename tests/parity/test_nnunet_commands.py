@@ -184,43 +184,6 @@ def test_their_search_for_the_best_configuration_takes_two_runs(world, tmp_path)
 # --------------------------------------------------------------------------------------- training
 
 
-@pytest.mark.slow
-def test_their_training_command_goes_on_with_a_run_and_starts_from_it(world, tmp_path):
-    """Their trainer does 1000 epochs, of which the run has done 999."""
-    plans = Plans.from_nnunet(
-        json.loads((world.root / "runs" / "smoke" / "plans.json").read_text()),
-        json.loads((world.raw / "dataset.json").read_text()),
-    )
-    dataset = json.loads((world.raw / "dataset.json").read_text())
-    plans = dataclasses.replace(plans, plans_name="LongPlans", data_identifier="LongPlans_smoke")
-    run = tmp_path / "run"
-    made.write_run(run, plans.arch, steps=999, kinds={"final": 999}, plans=plans, dataset=dataset)
-    store = next((world.root / "store" / NAME).iterdir())
-    exported = export(world, run, "LongPlans", raw=world.raw, store=store)
-    what = ("-d", 902, "-plans_name", "LongPlans", "-c", "smoke", "-np", 1)
-    world.call("nnUNetv2_preprocess", *what)
-    rest = ("-p", "LongPlans", "-device", "cpu")
-    line, environment = world.command(
-        "nnUNetv2_train", 902, "smoke", 1, *rest,
-        "-pretrained_weights", exported / "fold_0" / "checkpoint_final.pth",
-    )  # fmt: skip
-    with subprocess.Popen(line, env=environment, stdout=subprocess.PIPE, text=True) as process:
-        started = []
-        for text in process.stdout:
-            started.append(text)
-            if "Epoch 0" in text:
-                break
-        process.kill()
-    assert any("Loading pretrained weights" in text for text in started), started[-5:]
-    assert "Epoch 0" in started[-1]
-    continued = world.call("nnUNetv2_train", 902, "smoke", 0, *rest, "--c")
-    assert "Epoch 999" in continued and "Epoch 998" not in continued
-    assert "Training done" in continued
-    after = torch_files.read_checkpoint(exported / "fold_0" / "checkpoint_final.pth")
-    assert after.entries["current_epoch"] == 1000
-    assert len(after.entries["logging"]["train_losses"]) == 1000
-
-
 # ------------------------------------------------------------------------- runs of every kind
 
 
