@@ -45,6 +45,11 @@ class Face(ModuleType):
 class LazyFace(Face):
     """A :class:`Face` whose module is not imported before something of it is used."""
 
+    @property
+    def __dict__(self) -> dict[str, Any]:  # type: ignore[override]
+        """The module's own: by it ``unittest.mock`` and pytest put back what they replaced."""
+        return vars(importlib.import_module(self.__name__))
+
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
             raise AttributeError(f"module {self.__name__!r} has no attribute {name!r}")

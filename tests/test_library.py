@@ -1,11 +1,13 @@
 """`import panther_jax`: what it offers, lazily, and the README's example as it stands."""
 
+import importlib
 import json
 import os
 import re
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -66,6 +68,20 @@ def test_the_lazy_trainer_is_its_module():
     assert real.added == 3
     del lazy.added
     assert not hasattr(real, "added") and not hasattr(lazy, "__wrapped__")
+
+
+def test_what_is_replaced_in_the_lazy_trainer_comes_back(monkeypatch):
+    from panther_jax.library import LazyFace
+
+    lazy, real = LazyFace("panther_jax.train"), importlib.import_module("panther_jax.train")
+    original = real.run_loop
+    with monkeypatch.context() as patch:
+        patch.setattr(lazy, "run_loop", None)
+        assert real.run_loop is None
+    assert real.run_loop is original
+    with mock.patch.object(lazy, "run_loop", None):
+        assert real.run_loop is None
+    assert real.run_loop is original
 
 
 @pytest.fixture(scope="module")
