@@ -53,3 +53,17 @@ def no_plugins_of_other_tests():
     yield
     for name in [n for n in sys.modules if n.startswith("panther_jax_config_")]:
         del sys.modules[name]
+
+
+@pytest.fixture(scope="module")
+def compilation_cache(tmp_path_factory):
+    """What several tests of a module compile is compiled once."""
+    import jax
+
+    names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
+    before = {name: getattr(jax.config, name) for name in names}
+    jax.config.update(names[0], str(tmp_path_factory.mktemp("cache")))
+    jax.config.update(names[1], 0.1)
+    yield
+    for name, value in before.items():
+        jax.config.update(name, value)

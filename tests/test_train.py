@@ -1,7 +1,6 @@
 """The whole pipeline at toy size: it learns nothing, but stops, resumes and repeats exactly."""
 
 import dataclasses
-import importlib
 import json
 import os
 import shutil
@@ -16,7 +15,7 @@ import numpy as np
 import pytest
 from tiny import make_raw
 
-from panther_jax import bundle
+from panther_jax import bundle, train
 from panther_jax.base import files
 from panther_jax.config.loading import apply_overrides, load_config
 from panther_jax.config.places import Places
@@ -34,8 +33,6 @@ from panther_jax.training.records import read_metrics
 from panther_jax.weights.bundle import load_bundle, params_sha256
 from panther_jax.weights.checkpoint import Checkpoints
 
-train = importlib.import_module("panther_jax.train")  # itself: its functions are replaced here
-
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -43,16 +40,7 @@ def options(root, raw, **changes):
     return Options(**{"fold": 0, "root": root, "raw": raw, **changes})
 
 
-@pytest.fixture(scope="module", autouse=True)
-def compilation_cache(tmp_path_factory):
-    """What several tests compile is compiled once."""
-    names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
-    before = {name: getattr(jax.config, name) for name in names}
-    jax.config.update(names[0], str(tmp_path_factory.mktemp("cache")))
-    jax.config.update(names[1], 0.1)
-    yield
-    for name, value in before.items():
-        jax.config.update(name, value)
+pytestmark = pytest.mark.usefixtures("compilation_cache")
 
 
 @pytest.fixture(scope="module")

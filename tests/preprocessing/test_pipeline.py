@@ -1,6 +1,5 @@
 """Preprocessing: golden cases, the rules of spec 02 §4, and what happens when things go wrong."""
 
-import dataclasses
 import errno
 import json
 import subprocess
@@ -13,13 +12,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import ndimage
+from toy_plans import toy_plans
 
 from panther_jax import preprocess
 from panther_jax.base.errors import StoreError, WriteError
 from panther_jax.images import splits
 from panther_jax.images.imageio import write_image, write_label
 from panther_jax.images.raw_dataset import Case, open_raw, read_case
-from panther_jax.plans.architecture import ArchSpec
 from panther_jax.plans.geometry import Geometry
 from panther_jax.plans.labels import Labels
 from panther_jax.plans.plans import IntensityProperties, Plans, Resampler
@@ -33,35 +32,10 @@ TORCH = Resampler("resample_torch_fornnunet", (("force_separate_z", False),))
 SPLINE = Resampler(
     "resample_data_or_seg_to_shape", (("force_separate_z", None), ("order", 1), ("order_z", 0))
 )
-ARCH = ArchSpec(
-    network="PlainConvUNet",
-    in_channels=1,
-    num_outputs=3,
-    features=(4, 8),
-    kernel_sizes=((3, 3, 3), (3, 3, 3)),
-    strides=((1, 1, 1), (2, 2, 2)),
-    blocks=(1, 1),
-    decoder_convs=(1,),
-)
 
 
 def make_plans(**changes: Any) -> Plans:
-    plans = Plans(
-        dataset_name="Dataset001_Test",
-        plans_name="plans",
-        configuration="test",
-        spacing=(2.0, 1.0, 1.0),
-        patch_size=(8, 8, 8),
-        batch_size=2,
-        batch_dice=False,
-        normalization=("ZScoreNormalization",),
-        use_mask_for_norm=(False,),
-        resampling_image=TORCH,
-        resampling_label=TORCH,
-        resampling_logits=SPLINE,
-        arch=ARCH,
-    )
-    return dataclasses.replace(plans, **changes)
+    return toy_plans(TORCH, **{"resampling_logits": SPLINE, **changes})
 
 
 def make_geometry(shape: tuple[int, ...], spacing: tuple[float, ...] = (3.0, 1.2, 1.2)) -> Geometry:

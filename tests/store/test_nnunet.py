@@ -14,13 +14,13 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from toy_plans import toy_plans
 
 from panther_jax.base.errors import StoreError
 from panther_jax.images.imageio import write_label
 from panther_jax.images.splits import make_splits
-from panther_jax.plans.architecture import ArchSpec
 from panther_jax.plans.geometry import Geometry
-from panther_jax.plans.plans import Plans, Resampler
+from panther_jax.plans.plans import Resampler
 from panther_jax.store import pickles, store
 from panther_jax.store.compressed import CompressedArray
 from panther_jax.store.folds import fold_cases
@@ -32,29 +32,11 @@ DATASET = {
     "numTraining": 6,
     "file_ending": ".mha",
 }
-PLANS = Plans(
+PLANS = toy_plans(
+    TORCH,
     dataset_name="Dataset001_Toy",
     plans_name="ToyPlans",
     configuration="3d",
-    spacing=(2.0, 1.0, 1.0),
-    patch_size=(8, 8, 8),
-    batch_size=2,
-    batch_dice=False,
-    normalization=("ZScoreNormalization",),
-    use_mask_for_norm=(False,),
-    resampling_image=TORCH,
-    resampling_label=TORCH,
-    resampling_logits=TORCH,
-    arch=ArchSpec(
-        network="PlainConvUNet",
-        in_channels=1,
-        num_outputs=3,
-        features=(4, 8),
-        kernel_sizes=((3, 3, 3), (3, 3, 3)),
-        strides=((1, 1, 1), (2, 2, 2)),
-        blocks=(1, 1),
-        decoder_convs=(1,),
-    ),
     transpose_forward=(2, 0, 1),
     data_identifier="ToyPlans_3d",
 )

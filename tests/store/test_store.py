@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from toy_plans import toy_plans
 
 from panther_jax.base.errors import StoreError, WriteError
 from panther_jax.images.splits import make_splits, read_splits, write_splits
-from panther_jax.plans.architecture import ArchSpec
 from panther_jax.plans.geometry import Geometry, Properties
 from panther_jax.plans.labels import Labels
-from panther_jax.plans.plans import Plans, Resampler
+from panther_jax.plans.plans import Resampler
 from panther_jax.store import store
 from panther_jax.store.folds import fold_cases
 
@@ -24,30 +24,7 @@ LABELS = Labels((("background", 0), ("whole", (1, 2)), ("tumor", 1)), (2, 1))
 DATASET = {"channel_names": {"0": "MRI"}, "file_ending": ".mha", **LABELS.to_dataset_json()}
 IDENTITY = (1.0, 0.0, 0.0, 0.0, 1.0, 0.0, 0.0, 0.0, 1.0)
 RESAMPLER = Resampler("resample_torch_fornnunet")
-PLANS = Plans(
-    dataset_name="Dataset001_Test",
-    plans_name="plans",
-    configuration="test",
-    spacing=(2.0, 1.0, 1.0),
-    patch_size=(8, 8, 8),
-    batch_size=2,
-    batch_dice=False,
-    normalization=("ZScoreNormalization",),
-    use_mask_for_norm=(False,),
-    resampling_image=RESAMPLER,
-    resampling_label=RESAMPLER,
-    resampling_logits=RESAMPLER,
-    arch=ArchSpec(
-        network="PlainConvUNet",
-        in_channels=1,
-        num_outputs=2,
-        features=(4, 8),
-        kernel_sizes=((3, 3, 3), (3, 3, 3)),
-        strides=((1, 1, 1), (2, 2, 2)),
-        blocks=(1, 1),
-        decoder_convs=(1,),
-    ),
-)
+PLANS = toy_plans(RESAMPLER, num_outputs=2)
 
 
 def make_case(case_id: str, seed: int = 0) -> store.StoredCase:
