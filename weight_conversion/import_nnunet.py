@@ -4,7 +4,6 @@ A model folder, or one checkpoint, becomes a bundle. Nothing is written unless e
 """
 
 import argparse
-import hashlib
 import logging
 import math
 import sys
@@ -15,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import panther_jax
 from panther_jax.base import command
+from panther_jax.base.checksums import file_sha256
 from panther_jax.base.errors import PlansError
 from panther_jax.base.files import read_object
 from panther_jax.base.folds import choose_checkpoint, choose_folds
@@ -275,11 +275,9 @@ def _record(checkpoint: "TorchCheckpoint", conversion: "Conversion") -> dict[str
     entries = checkpoint.entries
     best = entries.get("_best_ema")
     epoch = entries.get("current_epoch")
-    with checkpoint.path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
     return {
         "file": checkpoint.path.name,
-        "sha256": digest,
+        "sha256": file_sha256(checkpoint.path),
         "fold": _plain(checkpoint.init_arg("fold")),
         "trainer": _plain(entries.get("trainer_name")),
         "epochs": None if epoch is None else int(epoch),

@@ -1,9 +1,10 @@
-"""Checksums of the files of a folder: a changed bit is found before it is used.
+"""Checksums of files: of one by its content, of a folder's against changed bits.
 
-Meant against damage, not against forgery (CRC-32): whoever can change a file can change its
-checksum.
+Those of a folder are meant against damage, not against forgery (CRC-32): whoever can change a file
+can change its checksum.
 """
 
+import hashlib
 import zlib
 from pathlib import Path
 
@@ -16,6 +17,12 @@ READ_BYTES = 1 << 20
 
 class ChecksumError(PantherError, ValueError):
     """A file that is not what it was when its checksum was taken."""
+
+
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a file's content, in hexadecimal digits."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def write_checksums(folder: Path) -> None:

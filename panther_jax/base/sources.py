@@ -5,13 +5,13 @@ for its SHA-256, so that a data set that was merely copied or touched is not mad
 not count: a case that moved is the same case.
 """
 
-import hashlib
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from panther_jax.base.checksums import file_sha256
 from panther_jax.base.errors import FileError
 
 RECORD_VERSION = 1
@@ -45,13 +45,7 @@ def _entry(path: Path, known: Mapping[str, Any]) -> dict[str, Any]:
     }
     if "sha256" in known and all(known.get(k) == entry[k] for k in entry if k != "name"):
         return {**entry, "sha256": known["sha256"]}
-    return {**entry, "sha256": file_digest(path)}
-
-
-def file_digest(path: Path) -> str:
-    """SHA-256 of a file's content, in hexadecimal digits."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return {**entry, "sha256": file_sha256(path)}
 
 
 def take_all(cases: Mapping[str, Files], known: Mapping[str, Record]) -> Records:

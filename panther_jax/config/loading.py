@@ -1,7 +1,6 @@
 """Configs found by name, loaded, overridden and compared."""
 
 import difflib
-import hashlib
 import inspect
 import json
 from collections.abc import Sequence
@@ -10,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from panther_jax.base import plugins
+from panther_jax.base.checksums import file_sha256
 from panther_jax.config.schema import ConfigError, TrainConfig
 
 # ------------------------------------------------------------------- finding and loading files
@@ -99,8 +99,7 @@ def load_config(spec: str) -> tuple[TrainConfig, ConfigSource]:
         raise ConfigError(
             f"config {path}: get_config() returned {type(config).__name__}, expected TrainConfig"
         )
-    digest = hashlib.sha256(path.read_bytes()).hexdigest()
-    return config, ConfigSource(path, digest, argument or None)
+    return config, ConfigSource(path, file_sha256(path), argument or None)
 
 
 def apply_overrides(config: TrainConfig, arguments: Sequence[str], *, prog: str) -> TrainConfig:

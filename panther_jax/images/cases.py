@@ -54,11 +54,6 @@ class Task:
         """What changes its files beside the label map in them."""
         return {}
 
-    @property
-    def is_done(self) -> bool:
-        """Whether the output is there."""
-        return all(path.is_file() for path in self.files)
-
     def read(self) -> tuple[Float32[np.ndarray, "channel z y x"], Geometry]:
         """The image and its grid.
 

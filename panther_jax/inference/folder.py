@@ -299,11 +299,11 @@ def predict_folder(
         PredictError: if the output cannot be written, or holds predictions made otherwise.
     """
     start = time.monotonic()
-    tasks = _find_tasks(predictor, source, output, dicom)
+    maker = records_module.describe_maker(predictor)
+    tasks = _find_tasks(predictor, source, output, dicom=dicom, maker=maker)
     require_apart(tasks)
     folder = tasks[0].output.parent
     _require_writable(folder)
-    maker = records_module.describe_maker(predictor)
     if folder == output and not overwrite:
         _require_made_so(predictor, folder, maker)
     path = folder / RECORD if folder == output else records_module.sidecar_of(output)
@@ -337,7 +337,12 @@ def check_places(source: Path, output: Path) -> None:
 
 
 def _find_tasks(
-    predictor: "CasePredictor", source: Path, output: Path, dicom: DicomOptions | None
+    predictor: "CasePredictor",
+    source: Path,
+    output: Path,
+    *,
+    dicom: DicomOptions | None,
+    maker: Maker,
 ) -> Sequence[Task]:
     model = predictor.ensemble.members[0].model
     made = records_module.made_in(source if source.is_dir() else source.parent)
@@ -345,11 +350,8 @@ def _find_tasks(
         ending = str(model.dataset.get("file_ending", ".nii.gz"))
         channels = model.num_channels
         return find_tasks(source, output, num_channels=channels, file_ending=ending, made=made)
-    from panther_jax.weights.bundle import params_sha256
-
-    members = predictor.ensemble.members
-    checksums = [params_sha256(params) for m in members for params in m.model.params]
-    by = dicom_tasks.describe_model([m.model.name for m in members], checksums)
+    names = [m.model.name for m in predictor.ensemble.members]
+    by = dicom_tasks.describe_model(names, [w for m in maker["members"] for w in m["weights"]])
     options = dicom or DicomOptions()
     writing = dicom_tasks.Writing(predictor.labels, by, options.formats, options.anonymous)
     channels = model.num_channels

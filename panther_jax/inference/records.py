@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from panther_jax.base.checksums import file_sha256
 from panther_jax.base.errors import FileError
 from panther_jax.base.files import read_object, write_json
 from panther_jax.images.cases import Task
@@ -97,17 +98,11 @@ def _sha256_of(value: Any) -> str:
 # -------------------------------------------------------------------------------------- checksums
 
 
-def sha256(path: Path) -> str:
-    """SHA-256 of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def checksums_of(task: Task) -> dict[str, str]:
     """Checksums of a case's inputs by name; of several files under one name, whatever the order."""
     found = {}
     for name, paths in task.sources.items():
-        sums = [sha256(path) for path in paths]
+        sums = [file_sha256(path) for path in paths]
         found[name] = sums[0] if len(sums) == 1 else _sha256_of(sorted(sums))
     return found
 
@@ -155,7 +150,7 @@ class Records:
             return State("stale", "an earlier call was stopped while it wrote it")
         outputs = entry.get("outputs", {})
         for path in there:
-            if not path.is_file() or outputs.get(_name(path)) != sha256(path):
+            if not path.is_file() or outputs.get(_name(path)) != file_sha256(path):
                 known = _name(path) in outputs
                 cause = "was changed since it was predicted" if known else "is not of its record"
                 return State("foreign", f"{_name(path)} {cause}")
@@ -190,7 +185,7 @@ class Records:
         doubts: Sequence[str] = (),
     ) -> None:
         """Record a case that is done: its inputs' checksums, and the files that were written."""
-        outputs = {_name(path): sha256(path) for path in files}
+        outputs = {_name(path): file_sha256(path) for path in files}
         with self._changing():
             self._makers[self._id] = dict(self.maker)
             self._cases[task.key] = {
@@ -211,7 +206,7 @@ class Records:
             folder / name
             for name, checksum in entry.get("outputs", {}).items()
             if name not in kept and os.sep not in name
-            and (folder / name).is_file() and sha256(folder / name) == checksum
+            and (folder / name).is_file() and file_sha256(folder / name) == checksum
         ]  # fmt: skip
 
     def finish(self, report: Mapping[str, Any]) -> None:

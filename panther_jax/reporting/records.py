@@ -212,11 +212,6 @@ def _fold_folders(path: Path) -> list[Path]:
     return folds
 
 
-def _fold_order(name: str) -> tuple[int, str]:
-    text = name.removeprefix("fold_")
-    return (int(text) if text.isdecimal() else 10**9, name)
-
-
 def _distinct(paths: Sequence[tuple[str, ...]]) -> list[str]:
     """The shortest ends of paths that tell each from all others."""
     names = []

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from panther_jax.base import sources
+from panther_jax.base.checksums import file_sha256
 from panther_jax.base.errors import StoreError
 from panther_jax.base.files import read_json, read_object, write_json
 from panther_jax.images.raw_dataset import RawCase, RawDataset
@@ -89,7 +90,7 @@ def _doubt(folder: Path, case: RawCase, now: Mapping[str, str], ending: str) -> 
     """Why a case without a record cannot be of these files; empty if nothing speaks against it."""
     entry = folder / f"{case.id}.json"
     copy = folder / REFERENCES / f"{case.id}{ending}"
-    if case.label and (not copy.is_file() or sources.file_digest(copy) != now["label"]):
+    if case.label and (not copy.is_file() or file_sha256(copy) != now["label"]):
         return "label"
     made = entry.stat().st_mtime_ns
     newer = [p.name for p in case.images if p.stat().st_mtime_ns > made]

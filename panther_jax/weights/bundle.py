@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from panther_jax.base.checksums import file_sha256
 from panther_jax.base.errors import CheckpointError
 from panther_jax.base.files import read_object, refuse_existing, write_json, writing_folder
 from panther_jax.network.unet import Params, param_shapes, walk
@@ -85,7 +86,7 @@ def _write_safetensors(path: Path, tree: Params) -> str:
 
     # contiguous views of a mapped file are written from it; others are copied, one fold at a time
     save_file({"/".join(p): np.ascontiguousarray(leaf, "<f4") for p, leaf in walk(tree)}, path)
-    return _sha256(path)
+    return file_sha256(path)
 
 
 def load_bundle(folder: Path) -> ModelBundle:
@@ -113,7 +114,7 @@ def load_bundle(folder: Path) -> ModelBundle:
     absent: dict[str, None] = {}
     for path in sorted(folder.glob("*.safetensors")):
         expected = checksums.get(path.name)
-        if expected and _sha256(path) != expected:
+        if expected and file_sha256(path) != expected:
             raise CheckpointError(
                 f"{path} is damaged: its SHA-256 is not the one of provenance.json\n"
                 "  Copy the bundle again, or make it anew."
@@ -161,11 +162,6 @@ def params_sha256(params: Params) -> str:
         digest.update(f"{'/'.join(path)} {array.dtype} {array.shape}".encode())
         digest.update(array.data)
     return digest.hexdigest()
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _weights_name(fold: str) -> str:

@@ -6,7 +6,6 @@ What was downloaded is kept there for the next try; what is refused is removed.
 
 import contextlib
 import datetime
-import hashlib
 import importlib.util
 import logging
 import os
@@ -16,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from panther_jax.base.checksums import file_sha256
 from panther_jax.base.console import announced
 from panther_jax.base.files import move, read_object, write_json
 from panther_jax.weights.names import model_in, places
@@ -170,7 +170,7 @@ def _verify(folder: Path) -> None:
             path = folder / name
             if not path.is_file():
                 bad.append(f"{name} is missing")
-            elif [path.stat().st_size, _sha256(path)] != entry:
+            elif [path.stat().st_size, file_sha256(path)] != entry:
                 bad.append(f"{name} is changed or damaged")
     if bad:
         listed = "\n".join(f"  {text}" for text in bad[:MAX_LISTED])
@@ -250,7 +250,7 @@ def _take(file: RecordFile, whole: Path, content: Path) -> dict[str, tuple[int, 
         os.link(whole, content / file.key)
     except OSError:  # a file system without links
         shutil.copyfile(whole, content / file.key)
-    return {file.key: (file.size, _sha256(whole))}
+    return {file.key: (file.size, file_sha256(whole))}
 
 
 def _is_zip(file: RecordFile) -> bool:
@@ -285,8 +285,3 @@ def _check_checkpoints(content: Path) -> bool:
                     f"{str(error).replace(str(path), name)}"
                 ) from None
     return True
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -12,6 +12,7 @@ from tiny import LABELS, make_raw, write_scan
 from weight_files import write_bundle
 
 from panther_jax import predict
+from panther_jax.base.checksums import file_sha256
 from panther_jax.base.errors import DatasetError, FileError, PantherError
 from panther_jax.images.cases import find_tasks
 from panther_jax.images.imageio import read_image, read_label, write_image, write_label
@@ -254,8 +255,8 @@ def test_a_record_names_what_made_a_file(box, models):
     record = json.loads((box / RECORD).read_text())
     entry = record["records"]["a.nii.gz"]
     maker = record["makers"][entry["maker"]]
-    assert entry["inputs"] == {"a_0000.nii.gz": records.sha256(scan(box))}
-    assert entry["outputs"] == {"a.nii.gz": records.sha256(box / "out/a.nii.gz")}
+    assert entry["inputs"] == {"a_0000.nii.gz": file_sha256(scan(box))}
+    assert entry["outputs"] == {"a.nii.gz": file_sha256(box / "out/a.nii.gz")}
     assert set(entry["versions"]) == {"jax", "panther_jax"}
     (member,) = maker["members"]
     assert len(member["weights"]) == 2 and maker["dtype"] == "float32"

@@ -277,5 +277,5 @@ def test_an_unchanged_file_is_not_read_again(tmp_path, monkeypatch):
     path = tmp_path / "scan.nii"
     path.write_bytes(b"one")
     known = sources.take_all({"a": {"label": path}}, {})
-    monkeypatch.setattr(sources, "file_digest", lambda _: pytest.fail("read again"))
+    monkeypatch.setattr(sources, "file_sha256", lambda _: pytest.fail("read again"))
     assert sources.take_all({"a": {"label": path}}, known) == known
