@@ -5,13 +5,12 @@ file adds a row to :data:`STAGES`.
 """
 
 from dataclasses import dataclass
-from typing import Literal
 
 from panther_jax.base import plugins
 from panther_jax.base.registry import Registry
+from panther_jax.config.schema import CheckpointName
 from panther_jax.panther import downloads
 
-Checkpoint = Literal["final", "best"]
 NUMBERED = tuple("01234")
 
 
@@ -21,7 +20,7 @@ class HandedOn:
 
     variant: str = ""
     fold: str = "all"
-    checkpoint: Checkpoint = "best"
+    checkpoint: CheckpointName = "best"
 
 
 @dataclass(frozen=True)

@@ -4,10 +4,11 @@ import dataclasses
 import re
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any, Literal
+from typing import Any
 
 from panther_jax.base.console import table
 from panther_jax.base.errors import PantherError
+from panther_jax.config.schema import CheckpointName
 
 DOI_PREFIX = "10.5281/zenodo."
 UNKNOWN = "not known"
@@ -32,7 +33,7 @@ class PublicWeights:
     folders: tuple[str, ...] = ()
     model_folder: str | None = None
     members: tuple[str, ...] | None = None
-    checkpoint: Literal["final", "best"] | None = None
+    checkpoint: CheckpointName | None = None
     license: str | None = None
     citation: str | None = None
     facts: tuple[str, ...] = ()

@@ -7,6 +7,7 @@ from typing import Literal
 
 from panther_jax.base.errors import CheckpointError
 from panther_jax.base.files import read_object
+from panther_jax.config.places import Fold
 from panther_jax.weights.bundle import ModelBundle, load_bundle
 from panther_jax.weights.public import of_record
 from panther_jax.weights.show import MANIFEST, MAX_PARENTS
@@ -14,9 +15,7 @@ from panther_jax.weights.show import MANIFEST, MAX_PARENTS
 LOGGER = logging.getLogger("panther_jax")
 
 
-def load_start(
-    folder: Path, *, fold: int | Literal["all"], stem: Literal["copy", "reinit"]
-) -> ModelBundle:
+def load_start(folder: Path, *, fold: Fold, stem: Literal["copy", "reinit"]) -> ModelBundle:
     """Read the weights to start a fold from; of an nnU-Net folder only the fold that is used.
 
     That is the same fold, else ``all``, else the first; its published checkpoint where the folder
